@@ -1,0 +1,229 @@
+"""The graph view that both front ends implement: Graph, Node, Value, Weight, and the edits passes may make."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .errors import ConstraintError
+
+Dim: TypeAlias = int | str
+"""One dimension of a shape: a number, or a symbol (``"batch"``, ``"s0"``) where the model is dynamic."""
+
+
+@dataclass(eq=False)
+class Weight:
+    """A stored tensor: parameter, buffer or constant. Tied weights are one Weight with several names.
+
+    Attributes:
+        name: canonical name (state_dict name or initializer name).
+        shape, dtype: of the stored tensor; dtype is a numpy-style name (``"float32"``, ``"bfloat16"``, ``"int64"``).
+        kind: ``"parameter"``, ``"buffer"`` or ``"constant"`` (a tensor baked into the graph).
+        aliases: every name under which the same storage is reachable, ``name`` included.
+        value: the graph value that carries it.
+        trainable: ``requires_grad`` of a parameter; False elsewhere.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    load: Callable[[], Any] = field(repr=False)
+    aliases: tuple[str, ...] = ()
+    value: Value | None = field(default=None, repr=False)
+    trainable: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+
+    def numpy(self) -> np.ndarray:
+        """The data as numpy (ml_dtypes for bfloat16 and float8), without a copy where the storage allows it.
+
+        Read-only by convention: change weights with :meth:`Graph.set_weight`.
+        """
+        return self.load()
+
+
+@dataclass(eq=False)
+class Value:
+    """One edge of the graph: a tensor that a node makes, an input, or a weight.
+
+    Attributes:
+        shape: symbolic shape, or None when the rank is unknown.
+        hint: the same shape with every symbol replaced by one concrete size (consistent in the whole graph).
+        uses: (node, input position) pairs, one for every use.
+    """
+
+    name: str
+    shape: tuple[Dim, ...] | None
+    hint: tuple[int, ...] | None
+    dtype: str
+    producer: Node | None = field(default=None, repr=False)
+    index: int = 0
+    uses: list[tuple[Node, int]] = field(default_factory=list, repr=False)
+    weight: Weight | None = field(default=None, repr=False)
+    is_input: bool = False
+    is_output: bool = False
+    literal: np.ndarray | None = field(default=None, repr=False)
+    native: Any = field(default=None, repr=False)
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.shape is None else len(self.shape)
+
+    def const(self) -> np.ndarray | None:
+        """The data if this value is the same in every run (a weight or a literal), else None."""
+        if self.literal is not None:
+            return self.literal
+        return None if self.weight is None else self.weight.numpy()
+
+    @property
+    def is_const(self) -> bool:
+        return self.literal is not None or self.weight is not None
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation in canonical terms (docs/ops.md lists every op with its inputs and attributes).
+
+    Attributes:
+        op: canonical op name, or ``"opaque"`` where no canonical op fits; ``origin`` then tells the native name.
+        inputs: tensor operands in canonical order; None where an optional one is absent.
+        attrs: canonical attributes (plain Python data). A size that is computed at run time is None.
+        dynamic: values that feed attributes at run time (sizes computed from shapes), not tensor operands.
+        scope: module path of the layer that made the node ("" when unknown).
+        origin: native operator, e.g. ``"aten.conv2d.default"`` or ``"Conv"``.
+        location: source line of the user's model, where known.
+        captured: outer values that subgraphs of this node (If/Loop/Scan bodies) read.
+    """
+
+    name: str
+    op: str
+    inputs: list[Value | None]
+    outputs: list[Value]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    dynamic: list[Value] = field(default_factory=list, repr=False)
+    scope: str = ""
+    origin: str = ""
+    location: str = ""
+    captured: list[Value] = field(default_factory=list, repr=False)
+    native: Any = field(default=None, repr=False)
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+    def input(self, i: int) -> Value | None:
+        """Operand i, or None where it is absent."""
+        return self.inputs[i] if i < len(self.inputs) else None
+
+
+class Graph(abc.ABC):
+    """A model as a list of canonical nodes over values, editable, and written back to what it came from.
+
+    Invariants: ``nodes`` is topologically ordered; names of nodes and of values are unique; every value in
+    ``node.inputs`` knows that use; all edits go through the methods below, which keep view and native graph equal.
+    """
+
+    kind: str = ""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.inputs: list[Value] = []
+        self.outputs: list[Value] = []
+        self.values: dict[str, Value] = {}
+        self.weights: dict[str, Weight] = {}
+        self.name: str = "graph"
+        self.notes: list[str] = []
+
+    # ---- reading -------------------------------------------------------------------------------------------
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    def node(self, name: str) -> Node:
+        """The node of that name. Raises ConstraintError naming the nearest one."""
+        for n in self.nodes:
+            if n.name == name:
+                return n
+        raise ConstraintError("no such node", node=name, hint="list the names with `foldline inspect MODEL`")
+
+    def weight(self, name: str) -> Weight:
+        """The weight of that name or alias. Raises ConstraintError if there is none."""
+        if name in self.weights:
+            return self.weights[name]
+        for w in self.weights.values():
+            if name in w.aliases:
+                return w
+        raise ConstraintError("no such weight", node=name, hint="list the names with `foldline inspect MODEL`")
+
+    # ---- edits: each keeps view and native graph equal -------------------------------------------------------
+    @abc.abstractmethod
+    def set_weight(self, weight: Weight, data: np.ndarray) -> None:
+        """Replace the data of a weight (all its aliases); its shape may change, its dtype follows ``data``."""
+
+    @abc.abstractmethod
+    def slice_weight(self, weight: Weight, kept: dict[int, np.ndarray]) -> None:
+        """Keep the given indices (in the given order) on each given axis, one gather per axis."""
+
+    @abc.abstractmethod
+    def add_weight(self, name: str, data: np.ndarray, *, trainable: bool = False) -> Value:
+        """Add a stored tensor (name made unique) and return its value."""
+
+    @abc.abstractmethod
+    def set_attr(self, node: Node, **attrs: Any) -> None:
+        """Change canonical attributes of a node, shape constants among them; entries that were None stay dynamic."""
+
+    @abc.abstractmethod
+    def set_input(self, node: Node, position: int, value: Value | None) -> None:
+        """Rewire one operand (None drops an optional one; position may be the first absent optional operand)."""
+
+    @abc.abstractmethod
+    def replace_uses(self, old: Value, new: Value, *, except_nodes: Iterable[Node] = ()) -> None:
+        """Let every use of ``old`` read ``new``; a graph output keeps its name."""
+
+    @abc.abstractmethod
+    def insert(
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        name: str,
+        after: Node | None = None,
+        scope: str = "",
+    ) -> Node:
+        """Insert a one-output node of a canonical op right after ``after`` (None: at the start)."""
+
+    @abc.abstractmethod
+    def erase(self, node: Node) -> None:
+        """Remove a node whose outputs have no use (ConstraintError otherwise); weights left unused go too."""
+
+    @abc.abstractmethod
+    def refresh(self) -> None:
+        """Recompute shapes and hints of all values after edits."""
+
+    @abc.abstractmethod
+    def clone(self) -> Graph:
+        """A structural copy that shares weight data; edits of either do not show in the other."""
+
+    @abc.abstractmethod
+    def to_model(self) -> Any:
+        """The model in the form it came in (fx: nn.Module; onnx: onnx_ir.Model or ModelProto)."""
+
+    # ---- helpers for front ends ------------------------------------------------------------------------------
+    def _link(self) -> None:
+        """Recompute ``uses`` and ``producer`` of every value from the node list."""
+        for v in self.values.values():
+            v.uses = []
+        for n in self.nodes:
+            for i, v in enumerate(n.inputs):
+                if v is not None:
+                    v.uses.append((n, i))
+            for i, v in enumerate(n.outputs):
+                v.producer, v.index = n, i
