@@ -216,6 +216,15 @@ class Graph(abc.ABC):
     def to_model(self) -> Any:
         """The model in the form it came in (fx: nn.Module; onnx: onnx_ir.Model or ModelProto)."""
 
+    @abc.abstractmethod
+    def bind(self, batch: Any) -> dict[str, np.ndarray]:
+        """One call's arguments as {graph input name: array}.
+
+        ``batch`` is what the user passes to the model: one array or tensor, a tuple of positional arguments, a
+        dict of keyword arguments (FX) or of input names (ONNX), or a pair ``(tuple, dict)`` of both. Nested
+        containers follow the model's signature. Raises ConstraintError naming a missing or extra input.
+        """
+
     # ---- helpers for front ends ------------------------------------------------------------------------------
     def _link(self) -> None:
         """Recompute ``uses`` and ``producer`` of every value from the node list."""
