@@ -1,0 +1,8 @@
+"""The fold family: constant affine maps move into the linear operators beside them, and the function stays the same."""
+
+from __future__ import annotations
+
+from .affine import Affine, Refusal, affine_of
+from .fold_pass import Fold
+
+__all__ = ["Affine", "Fold", "Refusal", "affine_of"]

@@ -1,0 +1,141 @@
+"""The pass Fold: every batch norm in eval mode that a linear operator beside it can absorb disappears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from ...graph.ir import Graph, Node, Value
+from ..base import Context, Contract, Decision, Needs, Outcome, Pass
+from . import travel
+from .absorb import LINEAR_OPS, Absorbed, absorb_after, absorb_before, write
+from .affine import Affine, Refusal, affine_of
+
+Plan = tuple[str, list[Absorbed]]
+
+
+class Fold(Pass):
+    """Fold batch norms (eval mode) into the convolutions and linears before or behind them.
+
+    Identity: a batch norm with constant statistics is ``A(x) = scale * x + shift`` per channel, and
+    ``A(W x + b) = (scale W) x + (scale b + shift)``, ``W A(x) + b = (W scale) x + (b + W shift)``. All arithmetic is
+    float64, cast once to the stored dtype. The operator before is tried first, then all operators behind. A fold is
+    refused, with the reason, where it would be wrong: a second consumer, a graph output in between, training mode, a
+    tied weight, statistics or a bias computed at run time, a zero-padded border under a shift, an operator in between
+    that does not commute.
+    """
+
+    name: ClassVar[str] = "fold"
+    contract: ClassVar[Contract] = Contract.EXACT
+    needs: ClassVar[Needs] = Needs.NOTHING
+    requires: ClassVar[frozenset[str]] = frozenset({"float"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"folded"})
+
+    def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        """Fold what can be folded, in topological order; the graph's function stays the same to float tolerance."""
+        decisions: list[Decision] = []
+        captured = {id(v) for node in graph.nodes for v in node.captured}
+        norms = [node for node in graph.nodes if node.op == "batch_norm"]
+        for node in ctx.progress(norms, "folding"):
+            decisions.append(self._fold(graph, node, captured))
+        folded = sum(d.action == "folded" for d in decisions)
+        if folded:
+            graph.refresh()
+        return Outcome(decisions=decisions, details={"folded": folded, "refused": len(decisions) - folded})
+
+    def _fold(self, graph: Graph, node: Node, captured: set[int]) -> Decision:
+        affine = affine_of(node)
+        if isinstance(affine, Refusal):
+            return _refused(node, affine.reason)
+        source = node.inputs[0]
+        assert source is not None
+        plan = _into_producer(source, node, affine, captured)
+        if isinstance(plan, Refusal):
+            behind = _into_consumers(node, affine, captured)
+            if isinstance(behind, Refusal):
+                return _refused(node, f"before it: {plan.reason}; behind it: {behind.reason}")
+            plan = behind
+        side, absorbed = plan
+        biases = {new.node.name: write(graph, new) for new in absorbed}
+        graph.replace_uses(node.output, source)
+        graph.erase(node)
+        into = ", ".join(biases)
+        reason = f"absorbed by {into}, which stands {side} it"
+        return Decision(node.name, "folded", reason, {"into": list(biases), "side": side, "bias": biases})
+
+
+def _refused(node: Node, reason: str) -> Decision:
+    return Decision(node.name, "refused", reason, {"op": node.op})
+
+
+def _into_producer(value: Value, reader: Node, affine: Affine, captured: set[int]) -> Plan | Refusal:
+    """Walk up from ``value`` to the operator that absorbs a map acting on it."""
+    while True:
+        if (blocked := _shared(value, reader, captured)) is not None:
+            return blocked
+        producer = value.producer
+        if producer is None:
+            return Refusal(f"{value.name} is an input" if value.is_input else f"{value.name} is a constant")
+        if producer.op in LINEAR_OPS:
+            new = absorb_after(producer, affine)
+            return new if isinstance(new, Refusal) else _checked("before", [new])
+        moved = travel.backward(producer, affine)
+        if isinstance(moved, Refusal):
+            return moved
+        above = producer.inputs[0]
+        assert above is not None
+        value, reader, affine = above, producer, moved
+
+
+def _into_consumers(node: Node, affine: Affine, captured: set[int]) -> Plan | Refusal:
+    """Walk down from the output of ``node``: every path must end in an operator that absorbs the map."""
+    absorbed: list[Absorbed] = []
+    paths = [(node.output, affine)]
+    while paths:
+        value, map_ = paths.pop()
+        if value.is_output:
+            return Refusal(f"{value.name} is an output of the graph")
+        if id(value) in captured:
+            return Refusal(f"{value.name} is read by a subgraph")
+        users = list(_data_uses(value))
+        for user, position in users:
+            if position != 0:
+                return Refusal(f"{user.name} reads it as operand {position}", user.name)
+            if user.op in LINEAR_OPS:
+                new = absorb_before(user, map_)
+                if isinstance(new, Refusal):
+                    return new
+                absorbed.append(new)
+                continue
+            moved = travel.forward(user, map_)
+            if isinstance(moved, Refusal):
+                return moved
+            paths.append((user.output, moved))
+    if not absorbed:
+        return Refusal("nothing reads it")
+    return _checked("behind", absorbed)
+
+
+def _data_uses(value: Value) -> Iterable[tuple[Node, int]]:
+    """The uses that read numbers: a size read from a value does not change with its numbers."""
+    return [(user, position) for user, position in value.uses if user.op != "shape_of"]
+
+
+def _shared(value: Value, reader: Node, captured: set[int]) -> Refusal | None:
+    """Why a value may not change: somebody besides ``reader`` sees it."""
+    if value.is_output:
+        return Refusal(f"{value.name} is an output of the graph")
+    if id(value) in captured:
+        return Refusal(f"{value.name} is read by a subgraph")
+    others = [user.name for user, _ in _data_uses(value) if user is not reader]
+    if others:
+        return Refusal(f"{value.name} has a second consumer, {others[0]}", others[0])
+    return None
+
+
+def _checked(side: str, absorbed: list[Absorbed]) -> Plan | Refusal:
+    """The plan, if every new weight fits its stored dtype; nothing has been written yet."""
+    for new in absorbed:
+        if not new.fits():
+            return Refusal(f"the folded weight of {new.node.name} does not fit its dtype", new.node.name)
+    return side, absorbed
