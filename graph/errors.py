@@ -13,7 +13,12 @@ class FoldlineError(Exception):
         expected: what would have been accepted.
         found: what was there instead.
         hint: the way out, as an instruction to the user.
+
+    Attributes:
+        pass_name: the pass that was running, where one was ("prune (2 of 4)"); the pipeline sets it.
     """
+
+    pass_name: str | None = None
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class FoldlineError(Exception):
     def _render(self) -> str:
         lines = [self.message]
         for label, item in (
+            ("pass", self.pass_name),
             ("node", self.node),
             ("value", self.value),
             ("expected", self.expected),

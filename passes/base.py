@@ -15,7 +15,7 @@ from ..graph.errors import ConfigError
 from ..graph.ir import Graph
 
 if TYPE_CHECKING:
-    from .report import Result
+    from .result import Result
 
 Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable to show how far it is: ``for batch in ctx.progress(batches, "calibrating"): ...``."""
@@ -140,6 +140,7 @@ class Pass(BaseModel):
         needs: what it needs besides the model.
         requires: facts that must hold before it (``"float"``: no quantization has been inserted).
         establishes, invalidates: facts that hold, or cease to hold, after it.
+        edits: False for a pass that only reads the graph (it is then given the graph itself, not a clone).
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, use_attribute_docstrings=True)
@@ -150,6 +151,7 @@ class Pass(BaseModel):
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
     invalidates: ClassVar[frozenset[str]] = frozenset()
+    edits: ClassVar[bool] = True
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -164,6 +166,13 @@ class Pass(BaseModel):
             FoldlineError: naming node, value, expected, found and hint; the pipeline adds the pass.
         """
         raise NotImplementedError(f"pass {type(self).__name__} does not define apply()")
+
+    def prepare(self, ctx: Context) -> None:
+        """Cheap checks of the options before any model is loaded (does the target exist, can the function be found).
+
+        Raises:
+            FoldlineError: the pass could not run whatever the model.
+        """
 
     def promise(self) -> Contract:
         """The contract under the options chosen; the class's own unless a subclass decides otherwise."""
@@ -226,7 +235,7 @@ def as_function(cls: type[Pass]) -> Callable[..., Result]:
 
     The function takes ``model`` (anything ``fl.load`` takes), ``example_inputs``, the run's own options
     (``calibration``, ``verify``, ``seed``, ``inplace``, ``progress``) and the options of the pass. It returns a
-    :class:`~foldline.passes.report.Result`.
+    :class:`~foldline.passes.result.Result`.
     """
 
     def function(

@@ -1,0 +1,101 @@
+"""What can be done to a model: passes as classes for pipelines (``P.Fold``) and as functions (``P.fold``)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .base import Context, Contract, Decision, Needs, Outcome, Pass, as_function
+    from .finetune import FineTune
+    from .fold import Fold
+    from .lower import Lower
+    from .pipeline import Pipeline
+    from .prune import Prune
+    from .quantize import Quantize
+    from .registry import get, names
+    from .report import Report
+    from .result import Result
+
+    finetune: Callable[..., Result]
+    fold: Callable[..., Result]
+    lower: Callable[..., Result]
+    prune: Callable[..., Result]
+    quantize: Callable[..., Result]
+
+__all__ = [
+    "Context",
+    "Contract",
+    "Decision",
+    "FineTune",
+    "Fold",
+    "Lower",
+    "Needs",
+    "Outcome",
+    "Pass",
+    "Pipeline",
+    "Prune",
+    "Quantize",
+    "Report",
+    "Result",
+    "as_function",
+    "finetune",
+    "fold",
+    "get",
+    "lower",
+    "names",
+    "prune",
+    "quantize",
+]
+
+_HOME = {
+    **dict.fromkeys(["Context", "Contract", "Decision", "Needs", "Outcome", "Pass", "as_function"], ".base"),
+    **dict.fromkeys(["get", "names"], ".registry"),
+    "Pipeline": ".pipeline",
+    "Report": ".report",
+    "Result": ".result",
+}
+_FUNCTIONS = frozenset({"finetune", "fold", "lower", "prune", "quantize"})
+
+
+class _Passes(ModuleType):
+    """The module's own type: loads passes when first asked for, and keeps ``P.fold`` the function.
+
+    Importing the subpackage ``passes.fold`` would otherwise bind the attribute ``fold`` to the module.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in _HOME:
+            found = getattr(importlib.import_module(_HOME[name], __name__), name)
+        else:
+            found = _pass(name)
+        self.__dict__[name] = found
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _FUNCTIONS:
+            return
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *__all__})
+
+
+def _pass(name: str) -> Any:
+    """The pass class called ``name``, or the function of the pass called ``name``; third parties' included."""
+    registry = importlib.import_module(".registry", __name__)  # `from . import` would ask __getattr__ again
+    for key, (_, attribute) in registry.BUILTIN.items():
+        if attribute == name:
+            return registry.get(key)
+    if name in registry.names():
+        return importlib.import_module(".base", __name__).as_function(registry.get(name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; passes: {', '.join(registry.names())}")
+
+
+sys.modules[__name__].__class__ = _Passes

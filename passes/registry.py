@@ -1,0 +1,65 @@
+"""Which passes there are: foldline's own and those that third parties add through the entry point foldline.passes."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from ..graph.errors import ConfigError
+from .base import Pass, nearest
+
+BUILTIN: dict[str, tuple[str, str]] = {
+    "fold": (".fold", "Fold"),
+    "prune": (".prune", "Prune"),
+    "quantize": (".quantize", "Quantize"),
+    "finetune": (".finetune", "FineTune"),
+    "lower": (".lower", "Lower"),
+}
+"""Name -> (module, class). Loaded when first asked for, so that a family costs nothing until it is used."""
+
+GROUP = "foldline.passes"
+
+
+@cache
+def _third_party() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in BUILTIN}
+
+
+def names() -> list[str]:
+    """Names of all passes, foldline's own first."""
+    return [*BUILTIN, *sorted(_third_party())]
+
+
+@cache
+def get(name: str) -> type[Pass]:
+    """The pass class of that name.
+
+    Raises:
+        ConfigError: no such pass (naming the nearest one), or the entry point gives no pass of that name.
+    """
+    if name in BUILTIN:
+        module, attribute = BUILTIN[name]
+        found = getattr(importlib.import_module(module, __package__), attribute)
+    elif name in _third_party():
+        point = _third_party()[name]
+        try:
+            found = point.load()
+        except (ImportError, AttributeError) as exc:
+            raise ConfigError(
+                f"the pass {name!r} cannot be loaded: {exc}", node=name, value=point.value, hint="reinstall its package"
+            ) from exc
+    else:
+        close = nearest(name, names())
+        raise ConfigError(
+            f"there is no pass {name!r}",
+            node=name,
+            expected=", ".join(names()),
+            found=name,
+            hint=f"did you mean {close!r}?" if close else "`foldline passes` lists them",
+        )
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise ConfigError(f"the entry point {name!r} gives no Pass", node=name, expected="a Pass class", found=found)
+    if found.name != name:
+        raise ConfigError("a pass's name must be its entry point's", node=name, expected=name, found=found.name)
+    return found

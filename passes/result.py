@@ -1,0 +1,106 @@
+"""What a run returns: the model, the graph, what was selected, what a backend made, the report; and saving them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..graph.errors import ConfigError
+from ..graph.ir import Graph
+from ..graph.load import is_torch_model
+from ..graph.save import replacing, save
+from .report import Report, jsonable
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+
+@dataclass
+class Result:
+    """What a pipeline made.
+
+    Attributes:
+        model: same kind as came in: ``nn.Module`` (the same class where possible) or ONNX.
+        graph: the graph of that model.
+        plan: what was selected, ``{weight: {axis: kept indices}}`` in terms of the model that came in; None where
+            nothing was selected.
+        artifact: what a backend made (``.run(inputs)``, ``.path``, ``.benchmark()``); None without P.Lower.
+        report: per pass: contract, error measured, cost, time, memory, decisions with reasons.
+        pipeline: the pipeline that ran.
+    """
+
+    model: Any
+    graph: Graph
+    report: Report
+    pipeline: Pipeline
+    plan: Any | None = None
+    artifact: Any | None = None
+
+    def save(self, folder: str | Path) -> Path:
+        """Write everything into ``folder`` and return it.
+
+        Files: the model (torch: ``model.pt``, pickled, and ``model.safetensors``, its weights; ONNX:
+        ``model.onnx``), ``plan.json`` (if anything was selected), ``report.json``, ``report.html``,
+        ``pipeline.yaml`` (if the pipeline has a text form), ``artifact*`` (if a backend made a file). Everything is
+        written into a scratch folder first and renamed at the end: an earlier result there is replaced as a whole,
+        and a failure leaves it as it was.
+
+        Raises:
+            ConfigError: ``folder`` is a file, or holds something that is not an earlier result.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError("the result goes into a folder, and this is a file", node=str(folder))
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "report.json").exists():
+            raise ConfigError(
+                "this folder holds something that is not an earlier result",
+                node=str(folder),
+                expected="a new, empty, or earlier result folder",
+                found=", ".join(sorted(p.name for p in folder.iterdir())[:5]),
+            )
+        with replacing(folder) as scratch:
+            scratch.mkdir()
+            left_out = self._save_model(scratch)
+            if self.plan is not None:
+                _write(scratch / "plan.json", json.dumps(jsonable(self.plan), indent=1) + "\n")
+            try:
+                _write(scratch / "pipeline.yaml", self.pipeline.to_yaml())
+            except ConfigError as exc:
+                left_out.append(f"pipeline.yaml was not written: {exc.message}")
+            self._save_artifact(scratch)
+            self.report.notes += [note for note in left_out if note not in self.report.notes]
+            _write(scratch / "report.json", self.report.to_json())
+            _write(scratch / "report.html", self.report.html())
+        for note in left_out:
+            warnings.warn(note, stacklevel=2)
+        return folder
+
+    def _save_model(self, folder: Path) -> list[str]:
+        """Write the model; return what could not be written, as notes."""
+        if not is_torch_model(self.model):
+            save(self.model, folder / "model.onnx")
+            return []
+        save(self.model, folder / "model.safetensors")
+        try:
+            save(self.model, folder / "model.pt")
+        except ConfigError as exc:
+            return [f"model.pt was not written ({exc.message}); the weights are in model.safetensors"]
+        return []
+
+    def _save_artifact(self, folder: Path) -> None:
+        path = getattr(self.artifact, "path", None)
+        if path is None:
+            return
+        source = Path(path)
+        if source.is_dir():
+            shutil.copytree(source, folder / "artifact")
+            return
+        shutil.copy2(source, folder / f"artifact{source.suffix}")
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
