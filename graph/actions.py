@@ -30,6 +30,10 @@ class Plan:
     weights: PlanData
     shapes: dict[str, list[int]]
 
+    def to_dict(self) -> PlanData:
+        """The kept indices per weight and axis, as plain data."""
+        return self.weights
+
     def to_json(self) -> str:
         data = {
             "format": "foldline-plan",

@@ -1,0 +1,107 @@
+"""How many and which indices each group keeps: uniform and global ratios, blocks, and search for a cost target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import gcd
+
+import numpy as np
+
+from ...graph.errors import ConstraintError
+from ...graph.groups import AxisGroup, AxisGroups
+from ...graph.preview import preview_cost
+from ..targets import Target
+from .importance import Scores
+
+Kept = dict[AxisGroup, np.ndarray]
+
+
+def block(g: AxisGroup, round_to: int) -> int:
+    """Smallest step in group indices that keeps every member axis a multiple of ``round_to`` (if it was one)."""
+    slab = 0
+    for m in g.members:
+        at = m.positions(g.atom)
+        slab = gcd(slab, int(np.bincount(at[at >= 0], minlength=g.size).min()))
+    return round_to // gcd(round_to, max(slab, 1))
+
+
+def counts_to_keep(g: AxisGroup, wanted: float, round_to: int, min_keep: int) -> int:
+    """``wanted`` indices, rounded to blocks; never below one block or ``min_keep``, never more than there are."""
+    step = block(g, round_to)
+    if step >= g.size:
+        return g.size
+    n = max(int(round(wanted / step)), 1) * step
+    while n < min_keep:
+        n += step
+    return min(n, g.size)
+
+
+def keep_best(scores: np.ndarray, n: int) -> np.ndarray:
+    """Indices of the n highest scores, ascending; ties go to the lower index."""
+    order = np.argsort(-scores, kind="stable")
+    return np.sort(order[:n])
+
+
+def uniform(scores: Scores, ratio: float, round_to: int, min_keep: int) -> Kept:
+    """The same share ``ratio`` of every group goes."""
+    return {g: keep_best(s, counts_to_keep(g, g.size * (1 - ratio), round_to, min_keep)) for g, s in scores.items()}
+
+
+def ranked(scores: Scores, ratio: float, round_to: int, min_keep: int) -> Kept:
+    """The lowest ``ratio`` of all indices goes, scores being divided by the mean of their group."""
+    normal = {g: s / max(float(s.mean()), 1e-30) for g, s in scores.items()}
+    everything = np.concatenate([s for s in normal.values()])
+    order = np.argsort(everything, kind="stable")
+    gone = np.zeros(len(everything), dtype=bool)
+    gone[order[: int(round(ratio * len(everything)))]] = True
+    kept: Kept = {}
+    at = 0
+    for g, s in normal.items():
+        n = int((~gone[at : at + g.size]).sum())
+        kept[g] = keep_best(s, counts_to_keep(g, n, round_to, min_keep))
+        at += g.size
+    return kept
+
+
+def reach(
+    groups: AxisGroups, choose: Callable[[float], Kept], target: Target, tolerance: float = 0.02
+) -> tuple[Kept, float, float]:
+    """The smallest ratio whose selection meets a cost target.
+
+    Returns the selection, the ratio and the cost reached as a share of the original. Cost falls as the ratio grows,
+    so bisection finds it; the finer side is taken where blocks make a step.
+
+    Raises:
+        ConstraintError: even the largest ratio leaves more than the target.
+    """
+    original = target.of(preview_cost(groups, {}))
+    wanted = target.amount(original)
+
+    def measure(kept: Mapping[AxisGroup, np.ndarray]) -> float:
+        return target.of(preview_cost(groups, kept))
+
+    low, high = 0.0, 1.0
+    best = choose(high)
+    least = measure(best)
+    if least > wanted * (1 + tolerance):
+        raise ConstraintError(
+            "the target cannot be reached by pruning these groups",
+            node=str(target),
+            expected=f"at most {wanted:,.0f} {target.metric}",
+            found=f"{least:,.0f} left with every group at its minimum",
+            hint="raise the target, shorten `ignore`, lower `round_to` or allow nested groups with atoms='all'",
+        )
+    reached = least
+    for _ in range(24):
+        middle = (low + high) / 2
+        kept = choose(middle)
+        now = measure(kept)
+        if abs(now - wanted) < abs(reached - wanted):
+            best, reached = kept, now
+        if abs(now - wanted) <= 1e-4 * wanted:
+            break
+        if now > wanted:
+            low = middle
+        else:
+            high = middle
+    return best, (low + high) / 2, reached / original
