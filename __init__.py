@@ -19,10 +19,12 @@ from .graph.errors import (
     UnsupportedOp,
     VerificationError,
 )
+from .graph.version import VERSION
 from .passes.backend import set_resolver
 
 if TYPE_CHECKING:
-    from .graph.actions import apply_plan
+    from .backends.check import check
+    from .graph.actions import Plan, apply_plan
     from .graph.cost import cost
     from .graph.execute import run_graph
     from .graph.groups import axis_groups
@@ -31,13 +33,12 @@ if TYPE_CHECKING:
     from .graph.save import save
     from .graph.verify import compare
     from .passes.checks import verify
-    from .passes.lower import check
     from .passes.pipeline import Pipeline
     from .passes.report import Report
     from .passes.result import Result
     from .passes.targets import bytes, latency, macs, params
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def _backend(name: str) -> Any:
@@ -49,12 +50,13 @@ set_resolver(_backend)
 _HOME = {
     "Graph": ".graph.ir",
     "Pipeline": ".passes.pipeline",
+    "Plan": ".graph.actions",
     "Report": ".passes.report",
     "Result": ".passes.result",
     "apply_plan": ".graph.actions",
     "axis_groups": ".graph.groups",
     "bytes": ".passes.targets",
-    "check": ".passes.lower",
+    "check": ".backends.check",
     "compare": ".graph.verify",
     "cost": ".graph.cost",
     "latency": ".passes.targets",
@@ -74,6 +76,7 @@ __all__ = [
     "Graph",
     "ModelFileError",
     "Pipeline",
+    "Plan",
     "Report",
     "Result",
     "TraceError",

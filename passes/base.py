@@ -82,10 +82,13 @@ class Outcome:
 
     Attributes:
         decisions: what happened to which part, and why.
-        details: facts for the report; ``details["groups"]``, a list of ``{name, size, kept, reason}``, is drawn.
-        plan: what was selected, as data ``{weight: {axis: kept indices}}``; None where nothing was selected.
+        details: facts for the report; ``details["groups"]``, a list of ``{name, size, kept, reason}``, and
+            ``details["latency"]``, ``{before_ms, after_ms}``, are drawn.
+        plan: what was selected, a ``graph.actions.Plan`` or its data ``{weight: {axis: kept indices}}``; None where
+            nothing was selected.
         artifact: what a backend made.
         graph: a replacement for the graph the pass was given, where it made a new one instead of editing.
+        comparison: errors the pass measured itself (as ``Comparison.to_dict()``), where the pipeline cannot.
     """
 
     decisions: list[Decision] = field(default_factory=list)
@@ -93,6 +96,7 @@ class Outcome:
     plan: Any | None = None
     artifact: Any | None = None
     graph: Graph | None = None
+    comparison: dict[str, Any] | None = None
 
 
 def no_progress(items: Iterable[Any], label: str) -> Iterable[Any]:
@@ -117,6 +121,7 @@ class Context:
         progress: wraps long loops, ``progress(items, label)``.
         facts: what holds of the graph now (``"float"`` at the start; see ``Pass.establishes``).
         backends: name of a target -> its backend.
+        original: the graph of the model that came in.
     """
 
     example_inputs: Any = None
@@ -126,6 +131,7 @@ class Context:
     progress: Progress = no_progress
     facts: set[str] = field(default_factory=lambda: {"float"})
     backends: BackendResolver = no_backends
+    original: Graph | None = None
 
 
 class Pass(BaseModel):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,24 +12,25 @@ import numpy as np
 from ..graph.errors import ConstraintError, FoldlineError, VerificationError
 from ..graph.ir import Graph
 from ..graph.load import load
-from ..graph.verify import Comparison, compare
+from ..graph.verify import Comparison, OutputComparison, compare, difference
 
 RTOL = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 """Bound of EXACT checks by the narrowest float in the graph: the binding 1e-5, about five roundings for the halves."""
 
 
 class Inputs:
-    """What a run is checked on: the caller's example inputs (if any) and inputs made up from the seed.
+    """What a run is checked on: the caller's example inputs (else a calibration batch) and some made up from the seed.
 
     Attributes:
-        arrays: one dictionary per input, as ``run_graph`` takes; names: ``"example"``, ``"synthesised"``.
+        arrays: one dictionary per input, as ``run_graph`` takes.
+        names: what each is: ``"example"``, ``"calibration"``, ``"synthesised"``.
         notes: what could not be made up, and why.
 
     Raises:
         VerificationError: there is nothing to check on.
     """
 
-    def __init__(self, graph: Graph, example_inputs: Any, seed: int) -> None:
+    def __init__(self, graph: Graph, example_inputs: Any, seed: int, calibration: Any = None) -> None:
         from ..graph.execute import synthesize_inputs
 
         self.arrays: list[dict[str, np.ndarray]] = []
@@ -37,6 +39,9 @@ class Inputs:
         if example_inputs is not None:
             self.arrays.append(graph.bind(example_inputs))
             self.names.append("example")
+        elif isinstance(calibration, Sequence) and len(calibration):
+            self.arrays.append(graph.bind(calibration[0]))
+            self.names.append("calibration")
         try:
             self.arrays.append(synthesize_inputs(graph, seed))
             self.names.append("synthesised")
@@ -48,7 +53,16 @@ class Inputs:
                     value=exc.value,
                     hint="pass example_inputs, or verify=False",
                 ) from exc
-            self.notes.append(f"checked on the example inputs only: none can be made up ({exc.message})")
+            self.notes.append(f"checked on the {self.names[0]} inputs only: none can be made up ({exc.message})")
+
+    def choose(self, exact: bool) -> tuple[list[dict[str, np.ndarray]], list[str]]:
+        """All inputs for EXACT checks; for error measures the real ones alone, where there are any.
+
+        Made-up inputs lie outside what a quantizer was calibrated for, so their error would say little.
+        """
+        if exact or self.names == ["synthesised"]:
+            return self.arrays, list(self.names)
+        return self.arrays[:1], self.names[:1]
 
 
 @dataclass
@@ -72,7 +86,8 @@ def measure(before: Graph, after: Graph, inputs: Inputs, *, exact: bool, rtol: f
         VerificationError: ``exact``, and the outputs differ by more than ``rtol``; names the first diverging value.
     """
     bound = default_rtol(before) if rtol is None else rtol
-    found = compare(before, after, inputs.arrays, bound)
+    arrays, names = inputs.choose(exact)
+    found = compare(before, after, arrays, bound)
     if exact and not found.ok:
         raise diverged(
             found,
@@ -81,7 +96,7 @@ def measure(before: Graph, after: Graph, inputs: Inputs, *, exact: bool, rtol: f
             "the function changed, and this pass promises that it does not",
             "a bug of the pass, unless the model is ill-conditioned: verify=False or rtol=... runs it anyway",
         )
-    return Measurement(found.to_dict(), list(inputs.names))
+    return Measurement(found.to_dict(), names)
 
 
 def diverged(found: Comparison, after: Graph, bound: float, message: str, hint: str | None = None) -> VerificationError:
@@ -98,6 +113,30 @@ def diverged(found: Comparison, after: Graph, bound: float, message: str, hint: 
         found=worst.note or f"{worst.max_rel:.3g} (max |a - b| = {worst.max_abs:.3g}, SQNR {worst.sqnr_db:.1f} dB)",
         hint=hint,
     )
+
+
+def compare_arrays(names: Sequence[str], before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
+    """Errors of one call's outputs, in the form of ``Comparison.to_dict()`` (``ok``: shapes agree).
+
+    Args:
+        names: of the outputs; before, after: the arrays, in the same order.
+    """
+    found = Comparison(True, math.inf)
+    for name, one, two in zip(names, before, after, strict=True):
+        a, b = np.asarray(one, dtype=np.float64), np.asarray(two, dtype=np.float64)
+        if a.shape != b.shape:
+            found.ok = False
+            found.outputs[name] = OutputComparison(
+                name, -math.inf, 0.0, math.inf, math.inf, None, f"shape {a.shape} became {b.shape}"
+            )
+            continue
+        max_abs, max_rel, note = difference(a, b)
+        noise, signal, norm = float(((a - b) ** 2).sum()), float((a**2).sum()), float(np.linalg.norm(b))
+        sqnr = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+        cosine = float((a * b).sum()) / (math.sqrt(signal) * norm) if signal > 0 and norm > 0 else float(noise == 0)
+        top1 = float((a.argmax(-1) == b.argmax(-1)).mean()) if a.ndim and a.shape[-1] > 1 and a.size else None
+        found.outputs[name] = OutputComparison(name, sqnr, cosine, max_abs, max_rel, top1, note)
+    return found.to_dict()
 
 
 def check_graph(graph: Graph) -> None:

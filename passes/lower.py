@@ -8,18 +8,17 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ..graph.errors import ConfigError
+from ..graph.execute import run_graph, synthesize_inputs
 from ..graph.ir import Graph
-from ..graph.load import load
-from .backend import backend as resolve_backend
 from .base import BackendLike, Context, Contract, Decision, Outcome, Pass, nearest
+from .checks import compare_arrays
 
 
 class Lower(Pass):
     """Lower the model to a backend; ``result.artifact`` is what it made.
 
-    The graph stays as it is: the backend's own numerics are its business, so the contract is APPROXIMATE and the
-    artifact's outputs are compared with the graph's where it can run. What the backend says about single nodes
-    becomes decisions.
+    The graph stays as it is. The backend has numerics of its own, so the contract is APPROXIMATE: the artifact's
+    outputs are compared with the graph's. What the backend says about single nodes becomes decisions.
     """
 
     name: ClassVar[str] = "lower"
@@ -30,7 +29,9 @@ class Lower(Pass):
     backend: str
     """Name of the target, e.g. onnxruntime (`foldline check MODEL --target NAME` tries one)."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of the backend's lower()."""
+    """Options of the backend's lower(); may be written beside these."""
+    benchmark: bool = False
+    """Time the result against the model that came in, lowered the same way; the report shows both."""
 
     def __init__(self, backend: str | None = None, **options: Any) -> None:
         if backend is not None:
@@ -61,37 +62,43 @@ class Lower(Pass):
                 )
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        """Check the graph against the backend's spec and lower it.
+        """Check the graph against the backend's spec, lower it, and compare the artifact with the graph.
 
         Raises:
             BackendError: the backend refuses or fails; names the target and what it said.
         """
         backend = ctx.backends(self.backend)
-        decisions = [
-            Decision(
-                subject=str(getattr(found, "node", None) or graph.name),
-                action=str(getattr(found, "severity", "noted")),
-                reason=str(getattr(found, "message", found)),
-            )
-            for found in backend.check(graph)
-        ]
+        decisions = [_decision(found, graph) for found in backend.check(graph)]
         artifact = backend.lower(graph, ctx.example_inputs, **self.options)
         details: dict[str, Any] = {"backend": self.backend}
-        return Outcome(decisions=decisions, details=details, artifact=artifact)
+        inputs = _inputs(graph, ctx) if ctx.verify or self.benchmark else None
+        measured = None
+        if ctx.verify and inputs is not None:
+            expected, _ = run_graph(graph, inputs)
+            names = [v.name for v in graph.outputs]
+            measured = compare_arrays(names, expected, artifact.run(tuple(inputs.values())))
+        if self.benchmark and inputs is not None:
+            details["latency"] = self._latency(backend, artifact, inputs, ctx)
+        return Outcome(decisions=decisions, details=details, artifact=artifact, comparison=measured)
+
+    def _latency(self, backend: BackendLike, artifact: Any, inputs: dict[str, Any], ctx: Context) -> dict[str, float]:
+        """Median milliseconds of the model that came in and of this one, timed in turn."""
+        options = {key: value for key, value in self.options.items() if key != "path"}
+        before = backend.lower(ctx.original, ctx.example_inputs, **options) if ctx.original is not None else None
+        found = artifact.benchmark(against=before, inputs=tuple(inputs.values()))
+        timed = {"after_ms": found["median_ms"], "after_spread_ms": found["spread_ms"]}
+        if before is not None:
+            timed = {"before_ms": found["against"]["median_ms"], **timed, "ratio": found["ratio"]}
+        return timed
 
 
-def check(model: Any, target: str, example_inputs: Any = None) -> list[Any]:
-    """What a backend would refuse or handle badly in a model, without lowering it.
+def _decision(found: Any, graph: Graph) -> Decision:
+    fix = getattr(found, "fix", "")
+    reason = f"{found.message} ({fix})" if fix else str(found.message)
+    return Decision(found.node or graph.name, f"{found.severity}: {found.rule}", reason)
 
-    Args:
-        model, example_inputs: anything ``fl.load`` takes.
-        target: name of the backend.
 
-    Returns:
-        The backend's diagnostics, with node names; empty when there is nothing to say.
-
-    Raises:
-        ConfigError: there is no such backend.
-    """
-    found = resolve_backend(target)
-    return found.check(load(model, example_inputs))
+def _inputs(graph: Graph, ctx: Context) -> dict[str, Any]:
+    """One call's inputs in the order of the graph's."""
+    found = synthesize_inputs(graph, ctx.seed) if ctx.example_inputs is None else graph.bind(ctx.example_inputs)
+    return {v.name: found[v.name] for v in graph.inputs}

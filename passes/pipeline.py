@@ -10,6 +10,7 @@ from typing import Any
 
 from ..graph.errors import ConfigError, FoldlineError
 from ..graph.ir import Graph
+from ..graph.version import VERSION
 from . import config
 from .backend import backend
 from .base import Context, Contract, Needs, Outcome, Pass, Progress, no_progress
@@ -136,7 +137,8 @@ class Pipeline:
         self._prepare(ctx)
         graph = load(model, example_inputs)
         given, start = graph, _cost(graph)
-        inputs = Inputs(graph, example_inputs, self.seed) if verify else None
+        ctx.original = given
+        inputs = Inputs(graph, example_inputs, self.seed, calibration) if verify else None
         report = self._report(graph, start, verify)
         plans, artifact, cost = [], None, start
         for i, step in enumerate(self.passes):
@@ -154,7 +156,7 @@ class Pipeline:
         result_model = graph.to_model()
         if inplace:
             result_model = put(model, result_model)
-        plan = compose(plans) if plans else None
+        plan = compose(plans, given) if plans else None
         return Result(model=result_model, graph=graph, report=report, pipeline=self, plan=plan, artifact=artifact)
 
     def _prepare(self, ctx: Context) -> None:
@@ -193,7 +195,7 @@ class Pipeline:
             new = outcome.graph or clone
             with checking:
                 check_graph(new)
-                measured = _measure(step, graph, new, inputs, rtol)
+                measured = _measure(step, graph, new, inputs, rtol, outcome)
                 cost = before if new is graph else _cost(new)
         except FoldlineError as exc:
             raise self._blame(exc, i, step) from exc.__cause__
@@ -251,7 +253,7 @@ def _signature(value: Any) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"foldline": _version("foldline"), "python": platform.python_version()}
+    found = {"foldline": VERSION, "python": platform.python_version()}
     return {**found, **{name: _version(name) for name in LIBRARIES}}
 
 
@@ -262,7 +264,11 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _measure(step: Pass, before: Graph, after: Graph, inputs: Inputs | None, rtol: float | None) -> Measurement:
+def _measure(
+    step: Pass, before: Graph, after: Graph, inputs: Inputs | None, rtol: float | None, outcome: Outcome
+) -> Measurement:
+    if outcome.comparison is not None:
+        return Measurement(outcome.comparison, ["example" if inputs is None else inputs.names[0]])
     if inputs is None:
         return Measurement(why_not="not verified")
     if after is before:
@@ -272,7 +278,7 @@ def _measure(step: Pass, before: Graph, after: Graph, inputs: Inputs | None, rto
 
 def _overall(report: Report, before: Graph, after: Graph, inputs: Inputs) -> dict[str, Any] | None:
     """The model that went out against the one that came in; the one pass's own numbers where only one compared."""
-    compared = [r for r in report.passes if r.comparison is not None]
-    if len(compared) <= 1:
-        return compared[0].comparison if compared else None
+    changed = [r for r in report.passes if r.comparison is not None]
+    if len(changed) <= 1:
+        return changed[0].comparison if changed else None
     return measure(before, after, inputs, exact=False, rtol=None).comparison

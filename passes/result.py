@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from ..graph.errors import ConfigError
 from ..graph.ir import Graph
 from ..graph.load import is_torch_model
 from ..graph.save import replacing, save
-from .report import Report, jsonable
+from .report import Report
 
 if TYPE_CHECKING:
+    from ..graph.actions import Plan
     from .pipeline import Pipeline
 
 
@@ -26,8 +26,8 @@ class Result:
     Attributes:
         model: same kind as came in: ``nn.Module`` (the same class where possible) or ONNX.
         graph: the graph of that model.
-        plan: what was selected, ``{weight: {axis: kept indices}}`` in terms of the model that came in; None where
-            nothing was selected.
+        plan: what was selected, ``plan.weights = {weight: {axis: kept indices}}`` in terms of the model that came
+            in (``fl.apply_plan`` applies it to other checkpoints); None where nothing was selected.
         artifact: what a backend made (``.run(inputs)``, ``.path``, ``.benchmark()``); None without P.Lower.
         report: per pass: contract, error measured, cost, time, memory, decisions with reasons.
         pipeline: the pipeline that ran.
@@ -37,7 +37,7 @@ class Result:
     graph: Graph
     report: Report
     pipeline: Pipeline
-    plan: Any | None = None
+    plan: Plan | None = None
     artifact: Any | None = None
 
     def save(self, folder: str | Path) -> Path:
@@ -45,7 +45,7 @@ class Result:
 
         Files: the model (torch: ``model.pt``, pickled, and ``model.safetensors``, its weights; ONNX:
         ``model.onnx``), ``plan.json`` (if anything was selected), ``report.json``, ``report.html``,
-        ``pipeline.yaml`` (if the pipeline has a text form), ``artifact*`` (if a backend made a file). Everything is
+        ``pipeline.yaml`` (if the pipeline has a text form), ``artifact*`` (what a backend made). Everything is
         written into a scratch folder first and renamed at the end: an earlier result there is replaced as a whole,
         and a failure leaves it as it was.
 
@@ -66,7 +66,7 @@ class Result:
             scratch.mkdir()
             left_out = self._save_model(scratch)
             if self.plan is not None:
-                _write(scratch / "plan.json", json.dumps(jsonable(self.plan), indent=1) + "\n")
+                _write(scratch / "plan.json", self.plan.to_json() + "\n")
             try:
                 _write(scratch / "pipeline.yaml", self.pipeline.to_yaml())
             except ConfigError as exc:
@@ -94,6 +94,9 @@ class Result:
     def _save_artifact(self, folder: Path) -> None:
         path = getattr(self.artifact, "path", None)
         if path is None:
+            held = getattr(self.artifact, "model", None)
+            if held is not None:
+                save(held, folder / "artifact.onnx")
             return
         source = Path(path)
         if source.is_dir():
