@@ -1,0 +1,146 @@
+"""A model opened in ONNX Runtime: run it, time it, and see which nodes became integer kernels."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...graph.errors import BackendError, ConstraintError
+from ...graph.execute import to_numpy
+from ..base import Artifact
+from .session import open_session, refused
+
+INTEGER_OPS = frozenset(
+    "QLinearConv ConvInteger QLinearMatMul MatMulInteger MatMulIntegerToFloat DynamicQuantizeMatMul QGemm QAttention "
+    "QLinearAdd QLinearMul QLinearSub QLinearConcat QLinearAveragePool QLinearGlobalAveragePool QLinearLeakyRelu "
+    "QLinearSigmoid QLinearSoftmax QLinearReduceMean QLinearWhere".split()
+)
+MATRIX_OPS = frozenset("Conv FusedConv ConvTranspose Gemm FusedGemm MatMul FusedMatMul NhwcFusedConv LSTM GRU".split())
+
+
+@dataclass
+class Profile:
+    """What ONNX Runtime made of the graph.
+
+    Attributes:
+        counts: op type -> number of nodes in the rewritten graph.
+        integer: (name, op type) of nodes that compute in integers.
+        float_matrix: (name, op type) of convolutions and matrix products left in float.
+        quantize, dequantize: QuantizeLinear and DequantizeLinear nodes that remain.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    integer: list[tuple[str, str]] = field(default_factory=list)
+    float_matrix: list[tuple[str, str]] = field(default_factory=list)
+    quantize: int = 0
+    dequantize: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+class OnnxRuntimeArtifact(Artifact):
+    """An open inference session.
+
+    Args:
+        model: what was lowered; kept for :meth:`profile` when there is no file.
+        path: the file it was saved to, or None.
+        session: the open session.
+        threads: operator threads of the session.
+        example_inputs: one call's inputs by name, for :meth:`benchmark`.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        path: Path | None,
+        session: Any,
+        threads: int | None,
+        example_inputs: dict[str, np.ndarray] | None = None,
+        folder: Any = None,
+    ) -> None:
+        self.model = model
+        self.path = path
+        self.session = session
+        self.threads = threads
+        self._example = example_inputs
+        self._folder = folder  # a temporary folder lives as long as the artifact
+        self.input_names = [v.name for v in session.get_inputs()]
+        self.output_names = [v.name for v in session.get_outputs()]
+        self.providers = list(session.get_providers())
+
+    def feeds(self, inputs: Any) -> dict[str, np.ndarray]:
+        """One call's inputs by name, as contiguous numpy; they may come by name, in a tuple or list, or alone."""
+        if isinstance(inputs, dict):
+            found = dict(inputs)
+        else:
+            items = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+            if len(items) > len(self.input_names):
+                raise ConstraintError("too many inputs", expected=self.input_names, found=len(items))
+            found = dict(zip(self.input_names, items, strict=False))
+        if set(found) != set(self.input_names):
+            raise ConstraintError(
+                "the inputs do not match the model's", expected=self.input_names, found=sorted(map(str, found))
+            )
+        return {name: np.ascontiguousarray(to_numpy(x)) for name, x in found.items()}
+
+    def run(self, inputs: Any) -> list[np.ndarray]:
+        return self._run(self.feeds(inputs))
+
+    def ready(self, inputs: Any) -> Callable[[], Any]:
+        feeds = self.feeds(inputs)
+        return lambda: self._run(feeds)
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return list(self.session.run(self.output_names, feeds))
+        except Exception as exc:  # onnxruntime raises classes of its own that share only this base
+            raise refused(exc) from exc
+
+    def example(self) -> dict[str, np.ndarray]:
+        if self._example is None:
+            return dict(super().example())
+        return self._example
+
+    def profile(self) -> Profile:
+        """Open the model once more, writing ONNX Runtime's rewritten graph, and sort its nodes.
+
+        Raises:
+            BackendError: a provider compiled the graph, so that no ONNX graph can be written.
+        """
+        with tempfile.TemporaryDirectory(prefix="foldline-") as folder:
+            target = Path(folder) / "optimized.onnx"
+            source = self.path if self.path is not None else self.model
+            # Weights that were packed or constant-folded may exceed what one protobuf holds.
+            entries = {
+                "session.optimized_model_external_initializers_file_name": "optimized.data",
+                "session.optimized_model_external_initializers_min_size_in_bytes": "4096",
+            }
+            open_session(source, self.providers, threads=self.threads, optimized=target, entries=entries)
+            if not target.exists():
+                raise BackendError("this provider writes no optimized graph", node=self.providers[0])
+            return sort_nodes(ir.load(target))
+
+
+def sort_nodes(model: ir.Model) -> Profile:
+    """The profile of a rewritten model."""
+    found = Profile()
+    counts: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        counts[node.op_type] += 1
+        if node.op_type in INTEGER_OPS:
+            found.integer.append((node.name or "", node.op_type))
+        elif node.op_type in MATRIX_OPS:
+            found.float_matrix.append((node.name or "", node.op_type))
+    found.quantize = counts["QuantizeLinear"]
+    found.dequantize = counts["DequantizeLinear"]
+    found.counts = dict(sorted(counts.items()))
+    return found

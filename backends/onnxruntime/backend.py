@@ -1,0 +1,116 @@
+"""The backends onnxruntime-cpu, -cuda and -tensorrt: spec, static check, lowering."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from ...graph.errors import BackendError
+from ...graph.execute import synthesize_inputs
+from ...graph.ir import Graph
+from ...graph.save import save
+from ...passes.quantize.spec import BackendSpec
+from ..base import Backend, Diagnostic
+from .artifact import OnnxRuntimeArtifact
+from .rules import check_graph
+from .session import INLINE_LIMIT, open_session, providers, readable, weight_bytes
+
+SPECS = Path(__file__).parent / "specs"
+
+
+@cache
+def _spec(name: str) -> BackendSpec:
+    return BackendSpec.from_yaml(SPECS / f"{name}.yaml")
+
+
+class _OnnxRuntime(Backend):
+    """What the three targets share; ``kind`` chooses the providers."""
+
+    kind: ClassVar[str] = ""
+
+    def check(self, graph: Graph) -> list[Diagnostic]:
+        spec = self.spec
+        return [] if spec is None else check_graph(graph, spec)
+
+    def lower(
+        self,
+        graph: Graph,
+        example_inputs: Any = None,
+        *,
+        path: str | Path | None = None,
+        threads: int | None = None,
+    ) -> OnnxRuntimeArtifact:
+        """Save (if asked), open, and hand back the artifact.
+
+        Args:
+            graph: an ONNX graph, or an FX graph, which is exported with its dynamic dimensions. It is not changed.
+            example_inputs: one call's arguments in the form ``Graph.bind`` takes; used by ``benchmark``.
+            path: file to write (``.onnx``); weights above 1.9 GB go beside it. None keeps the model in memory,
+                or in a temporary file that lives as long as the artifact.
+            threads: inside one operator; the cores of this process when None.
+
+        Raises:
+            BackendError: export failed, the provider is missing, or ONNX Runtime refuses the model.
+        """
+        names = providers(self.kind)
+        model = onnx_model(graph)
+        readable(model)
+        folder: Any = None
+        target = None if path is None else Path(path)
+        if target is None and weight_bytes(model) > INLINE_LIMIT:
+            folder = tempfile.TemporaryDirectory(prefix="foldline-")
+            target = Path(folder.name) / "model.onnx"
+        if target is not None:
+            save(model, target)
+        session = open_session(model if target is None else target, names, threads=threads)
+        return OnnxRuntimeArtifact(model, target, session, threads, _arguments(graph, example_inputs), folder)
+
+
+def onnx_model(graph: Graph) -> ir.Model:
+    """The graph as an onnx_ir model of its own, whichever front end it has."""
+    if graph.kind == "fx":
+        from .export import export
+
+        return export(graph)
+    if graph.kind != "onnx":
+        raise BackendError("only torch and ONNX graphs can be lowered", node=graph.name, found=type(graph).__name__)
+    model = graph.to_model()
+    return model.clone() if isinstance(model, ir.Model) else ir.serde.deserialize_model(model)
+
+
+def _arguments(graph: Graph, example_inputs: Any) -> dict[str, np.ndarray] | None:
+    if example_inputs is not None:
+        return graph.bind(example_inputs)
+    if any(v.hint is None for v in graph.inputs):
+        return None
+    return synthesize_inputs(graph)
+
+
+class OnnxRuntimeCpu(_OnnxRuntime):
+    """ONNX Runtime on x86 CPUs: uint8 activations, int8 weights per channel."""
+
+    name: ClassVar[str] = "onnxruntime-cpu"
+    kind: ClassVar[str] = "cpu"
+
+    @property
+    def spec(self) -> BackendSpec:
+        return _spec(self.name)
+
+
+class OnnxRuntimeCuda(_OnnxRuntime):
+    """ONNX Runtime's CUDA provider; it has no int8 convolutions, hence no quantization spec."""
+
+    name: ClassVar[str] = "onnxruntime-cuda"
+    kind: ClassVar[str] = "cuda"
+
+
+class OnnxRuntimeTensorrt(_OnnxRuntime):
+    """ONNX Runtime's TensorRT provider, with CUDA for what TensorRT does not take."""
+
+    name: ClassVar[str] = "onnxruntime-tensorrt"
+    kind: ClassVar[str] = "tensorrt"

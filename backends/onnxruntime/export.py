@@ -1,0 +1,123 @@
+"""From a torch graph to ONNX: torch.onnx with translations of foldline's own operators."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+from ...graph.errors import BackendError
+from ...graph.ir import Graph
+
+OPSET = 20
+"""The exporter's own default, and read by every ONNX Runtime that foldline supports."""
+
+
+def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """foldline's custom torch operators -> functions that build the ONNX nodes."""
+    import numpy as np
+    import onnxscript
+
+    from ...graph.fx_custom import dequantize_linear, quantize_linear, storage_dtype
+
+    op = onnxscript.opset20 if opset < 21 else onnxscript.opset21
+
+    def zeros(scale: Any, dtype: str) -> Any:
+        """ONNX knows the integer type by its zero point only."""
+        name = str(storage_dtype(dtype)).removeprefix("torch.")
+        return op.ConstantOfShape(op.Shape(scale), value=ir.serde.serialize_tensor(ir.tensor(np.zeros(1, name))))
+
+    def attributes(axis: int | None, block: int) -> dict[str, int]:
+        return {"axis": 1 if axis is None else axis, **({"block_size": block} if block else {})}
+
+    def quantize(
+        x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, dtype: str = "int8", block: int = 0
+    ) -> Any:
+        zero = zeros(scale, dtype) if zero_point is None else zero_point
+        return op.QuantizeLinear(x, scale, zero, **attributes(axis, block))
+
+    def dequantize(
+        x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, dtype: str = "int8", block: int = 0
+    ) -> Any:
+        operands = (x, scale) if zero_point is None else (x, scale, zero_point)
+        return op.DequantizeLinear(*operands, **attributes(axis, block))
+
+    return {quantize_linear: quantize, dequantize_linear: dequantize}
+
+
+def export(graph: Graph, opset: int = OPSET) -> ir.Model:
+    """The ONNX model of an FX graph: same input and output names, symbolic dimensions kept symbolic.
+
+    Raises:
+        BackendError: torch.onnx cannot translate an operator; says which.
+    """
+    import torch
+
+    if any(node.attrs.get("block") for node in graph.nodes if node.op in ("quantize", "dequantize")):
+        opset = max(opset, 21)  # the first that knows blocks
+    module = graph.to_graph_module()  # type: ignore[attr-defined]
+    arguments = _example(graph)
+    shapes = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, d in enumerate(v.shape or ()) if isinstance(d, str)} for v in graph.inputs
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                module,
+                arguments,
+                dynamo=True,
+                dynamic_shapes=shapes if any(shapes) else None,
+                input_names=[v.name for v in graph.inputs],
+                output_names=[v.name for v in graph.outputs],
+                custom_translation_table=_translations(opset),
+                opset_version=opset,
+                verbose=False,
+            )
+        except Exception as exc:  # the exporter wraps every failure in classes of its own
+            raise BackendError(
+                "torch.onnx could not export the graph", node=graph.name, found=_cause(exc), hint="see found"
+            ) from exc
+    model: ir.Model = program.model
+    strip(model)
+    return model
+
+
+def _cause(exc: BaseException) -> str:
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return f"{type(exc).__name__}: {str(exc).strip()[:400]}"
+
+
+def _example(graph: Graph) -> tuple[Any, ...]:
+    """Tensors of the hint shapes; a dynamic dimension needs a size of at least 2 not to be specialised."""
+    import torch
+
+    from ...graph.fx_ops import TORCH_DTYPES
+
+    arguments = []
+    for v in graph.inputs:
+        if v.hint is None or v.shape is None:
+            raise BackendError("an input's shape is unknown", value=v.name)
+        arguments.append(torch.zeros(v.hint, dtype=TORCH_DTYPES[v.dtype]))
+    return tuple(arguments)
+
+
+def strip(model: ir.Model) -> None:
+    """Drop the exporter's notes: stack traces hold absolute paths and make the same model give different bytes."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            node.metadata_props.clear()
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+            value.metadata_props.clear()
+        for node in graph:
+            for value in node.outputs:
+                value.metadata_props.clear()
+    model.metadata_props.clear()
