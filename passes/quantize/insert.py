@@ -85,11 +85,11 @@ class Inserter:
             "input_scale": float(x.scale),
             "input_zero_point": int(x.zero_point),
         }
-        if site.bias is not None and bias is not None:
+        if site.bias is not None and site.bias_node is not None and bias is not None:
             b = bias_params(x, p, bias.size)
             name = f"{site.bias.name}_{site.node.name}"
             self.graph.set_input(
-                site.node, site.bias_position, self._dequantized(name, b.quantize(bias), b, site.node.scope)
+                site.bias_node, site.bias_position, self._dequantized(name, b.quantize(bias), b, site.node.scope)
             )
 
     def _dequantized(self, name: str, integers: np.ndarray, p: QuantParams, scope: str) -> Value:

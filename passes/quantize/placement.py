@@ -25,7 +25,10 @@ class Point:
 
 @dataclass
 class WeightSite:
-    """A weight operand to store as integers: its output-channel axis, and the bias that goes with it (or None)."""
+    """A weight operand to store as integers: its output-channel axis, and the bias that goes with it.
+
+    ``bias`` is None where there is none to store; ``bias_node`` is the node itself or the addition behind it.
+    """
 
     node: Node
     position: int
@@ -33,6 +36,7 @@ class WeightSite:
     axis: int
     x: Value
     bias: Weight | None = None
+    bias_node: Node | None = None
     bias_position: int = -1
 
 
@@ -83,7 +87,9 @@ class _Placer:
             return
         rule, reason = self.spec.placement(node)
         if rule is None or rule.role == "float":
-            self._say(node, "kept in float", reason or (rule.reason if rule else ""))
+            # An addition of a constant that does not qualify as a join is nothing to report.
+            if rule is not None or any(r.role == "anchor" for r in self.spec.ops[node.op]):
+                self._say(node, "kept in float", reason or (rule.reason if rule else ""))
             return
         problem = self._obstacle(node, rule)
         if problem:
@@ -128,13 +134,15 @@ class _Placer:
             return
         site = WeightSite(node, rule.weight or 0, w.weight, output_axis(node), x)
         bias = node.input(rule.bias) if rule.bias is not None else None
-        if bias is not None and rule.bias_dtype == "int32":
-            channels = w.weight.shape[site.axis]
+        channels = w.weight.shape[site.axis]
+        if rule.bias_dtype == "int32" and bias is not None:
             if bias.weight is None or bias.weight.size != channels:
                 self._say(node, "kept in float", "its bias is computed or not one value per output channel")
                 del self.rules[node.name]
                 return
-            site.bias, site.bias_position = bias.weight, rule.bias or 0
+            site.bias, site.bias_node, site.bias_position = bias.weight, node, rule.bias or 0
+        elif rule.bias_dtype == "int32" and rule.bias_add:
+            _find_bias_add(site, channels)
         self.plan.weights.append(site)
         self.plan.quantized[node.name] = rule
         self.wanted.update(v.name for v in self._data(node, rule) if v is not None)
@@ -268,6 +276,19 @@ class _Placer:
 
     def _say(self, node: Node, action: str, reason: str) -> None:
         self.plan.decisions.append(Decision(node.name, action, reason, {"op": node.op, "scope": node.scope}))
+
+
+def _find_bias_add(site: WeightSite, channels: int) -> None:
+    """Note the constant that a single following addition adds along the last axis, if there is one."""
+    value = site.node.output
+    if value.is_output or len(value.uses) != 1:
+        return
+    user, position = value.uses[0]
+    other = user.input(1 - position) if user.op == "add" and len(user.inputs) == 2 else None
+    if other is None or other.weight is None or other.weight.shape != (channels,) or other.dtype != "float32":
+        return
+    if user.attrs.get("alpha", 1) == 1:
+        site.bias, site.bias_node, site.bias_position = other.weight, user, 1 - position
 
 
 def output_axis(node: Node) -> int:

@@ -43,6 +43,7 @@ class OpPlacement:
         weight: operand position of the stored weight (anchors).
         bias: operand position of the bias, if it has one.
         bias_dtype: ``int32`` (scale = scale of x times scale of the weight) or ``float32`` (left alone).
+        bias_add: an addition of one constant per output channel right behind the op counts as its bias.
         output: whether the result must carry a Q: ``required`` (then everybody reads the quantized result) or
             ``optional`` (only where a consumer asks for it).
         activations: ops that may stand between the op and the Q on its result, fused by the backend.
@@ -57,6 +58,7 @@ class OpPlacement:
     weight: int | None = None
     bias: int | None = None
     bias_dtype: Literal["int32", "float32"] = "float32"
+    bias_add: bool = False
     output: Literal["required", "optional"] = "optional"
     activations: tuple[str, ...] = ()
     same_scale: bool = False
