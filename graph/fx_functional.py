@@ -1,0 +1,372 @@
+"""From an exported program to a pure fx graph: subgraphs inlined, in-place ops functional, assertions gone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+_ASSERTS = {
+    "aten._assert_tensor_metadata",
+    "aten._assert_async",
+    "aten._assert_scalar",
+    "aten.sym_constrain_range",
+    "aten.sym_constrain_range_for_size",
+}
+_MAY_RETURN_INPUT = {
+    "aten.dropout",
+    "aten.feature_dropout",
+    "aten.alpha_dropout",
+    "aten.feature_alpha_dropout",
+    "aten.to",
+    "aten.type_as",
+    "aten.contiguous",
+    "aten.reshape",
+    "aten.pad",
+    "aten.meshgrid",
+    "aten.broadcast_tensors",
+}
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def packet(node: fx.Node) -> str:
+    """``"aten.conv2d"`` for an OpOverload, ``"operator.mul"`` or the like for a Python function."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    module = getattr(target, "__module__", "") or ""
+    return f"{module.lstrip('_')}.{getattr(target, '__name__', str(target))}"
+
+
+class Pure:
+    """The functional graph of an exported program.
+
+    Attributes:
+        graph: fx graph with one placeholder per user input (in pytree order), ``get_attr`` nodes whose target is the
+            state-dict name of a weight, functional calls, and one output node holding the flat user outputs.
+        tensors: name -> (tensor, kind) of every lifted tensor that the graph uses.
+        notes: what was given up on the way.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.notes: list[str] = []
+        self.tensors: dict[str, tuple[torch.Tensor, str]] = {}
+        graph = self._build(program)
+        if not make_functional(graph):
+            program = program.run_decompositions({})
+            self.notes.append(
+                "in-place operations on views: batch norm and dropout are fixed in eval mode in the captured graph"
+            )
+            self.tensors = {}
+            graph = self._build(program)
+            make_functional(graph)
+        self.graph = graph
+        self.program = program
+
+    def _build(self, program: ExportedProgram) -> fx.Graph:
+        signature = program.graph_signature
+        new = fx.Graph()
+        env: dict[fx.Node, Any] = {}
+        specs = {s.arg.name: s for s in signature.input_specs if hasattr(s.arg, "name")}
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
+        for node in placeholders:  # inputs first: fx wants them before everything else
+            if specs[node.name].kind == InputKind.USER_INPUT:
+                env[node] = new.placeholder(node.name)
+                env[node].meta = dict(node.meta)
+        for node in placeholders:
+            spec = specs[node.name]
+            if spec.kind == InputKind.USER_INPUT or not node.users:
+                continue
+            name = str(spec.target)
+            store = program.state_dict if name in program.state_dict else program.constants
+            tensor = store[name]
+            made = new.get_attr(name)
+            made.meta = dict(node.meta)
+            env[node] = made
+            if isinstance(tensor, torch.Tensor):
+                kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
+                self.tensors[name] = (tensor, kind)
+        outputs = inline(new, program.graph_module, env)
+        flat: list[Any] = []
+        for value, spec in zip(outputs, signature.output_specs, strict=True):
+            if spec.kind == OutputKind.USER_OUTPUT:
+                flat.append(value)
+            elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+                holder = self._holder(new, str(spec.target), program, env)
+                made = new.call_function(aten.copy_.default, (holder, value))
+                made.meta = {"val": holder.meta.get("val")}
+        new.output(tuple(flat))
+        return new
+
+    def _holder(self, graph: fx.Graph, name: str, program: ExportedProgram, env: dict[fx.Node, Any]) -> fx.Node:
+        for node in graph.nodes:
+            if node.op in ("get_attr", "placeholder") and node.target == name:
+                return node
+        placeholder = next(
+            n for n in program.graph.nodes if n.op == "placeholder" and program_target(program, n) == name
+        )
+        made = graph.get_attr(name)
+        made.meta = dict(placeholder.meta)
+        store = program.state_dict if name in program.state_dict else program.constants
+        self.tensors[name] = (store[name], "buffer")
+        env[placeholder] = made
+        return made
+
+
+def program_target(program: ExportedProgram, node: fx.Node) -> str | None:
+    """State-dict name that a placeholder of an exported program stands for."""
+    for spec in program.graph_signature.input_specs:
+        if getattr(spec.arg, "name", None) == node.name:
+            return spec.target
+    return None
+
+
+def inline(new: fx.Graph, gm: torch.nn.Module, env: dict[fx.Node, Any], region: str | None = None) -> list[Any]:
+    """Copy the calls of ``gm.graph`` into ``new``; returns the mapped outputs. No-grad and autocast-off bodies open up."""
+    results: list[Any] = []
+
+    def get(x: Any) -> Any:
+        return fx.node.map_arg(x, lambda n: env[n])
+
+    def pick(index: int, seq: Any) -> Any:
+        return seq[index]
+
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            out = node.args[0]
+            results = [get(x) for x in (out if isinstance(out, (tuple, list)) else (out,))]
+            continue
+        if node.op == "get_attr":
+            sub = _attribute(gm, str(node.target))
+            env[node] = sub
+            if isinstance(sub, torch.Tensor):
+                raise NotImplementedError(f"tensor attribute {node.target} inside a subgraph")
+            continue
+        name = packet(node)
+        if name in _ASSERTS or name.endswith("_guards_fn"):
+            continue
+        if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
+            env[node] = pick(node.args[1], env[node.args[0]])
+            continue
+        body = _region(node, env)
+        if body is not None:
+            sub_gm, operands, no_grad = body
+            inner = dict(
+                zip([n for n in sub_gm.graph.nodes if n.op == "placeholder"], [get(a) for a in operands], strict=True)
+            )
+            values = inline(new, sub_gm, inner)
+            env[node] = [_detached(new, v) if no_grad else v for v in values]
+            continue
+        made = new.create_node(node.op, node.target, get(node.args), get(node.kwargs), name=node.name)
+        made.meta = dict(node.meta)
+        env[node] = made
+    return results
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    item: Any = root
+    for part in path.split("."):
+        item = getattr(item, part)
+    return item
+
+
+def _region(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any, list[Any], bool] | None:
+    """(body, operands, is no_grad) of a wrap_with_set_grad_enabled or a disabled autocast; None for anything else."""
+    name = packet(node)
+    if name == "higher_order.wrap_with_set_grad_enabled":
+        return env[node.args[1]], list(node.args[2:]), not node.args[0]
+    if name == "higher_order.wrap_with_autocast" and not node.args[2]:
+        return env[node.args[4]], list(node.args[5:]), False
+    return None
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    """Gradients must not flow through what the model computed under no_grad, if the graph is trained later."""
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        return value
+    made = graph.call_function(aten.detach.default, (value,))
+    made.meta = dict(value.meta)
+    return made
+
+
+def _mutates(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and not str(node.target).startswith("aten.copy_.")
+    )
+
+
+def _functional_twin(target: torch._ops.OpOverload) -> Any:
+    namespace, name = target._schema.name.split("::")
+    base = name.replace("__i", "__") if name.startswith("__i") else name.rstrip("_")
+    found = getattr(getattr(torch.ops, namespace), base, None)
+    if found is None:
+        return None
+    overload = target._overloadname or "default"
+    return getattr(found, overload, None)
+
+
+def make_functional(graph: fx.Graph) -> bool:
+    """Replace in-place calls by functional ones where nothing else can see the mutation; False if one remains."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    classes: dict[fx.Node, set[fx.Node]] = {}
+    for node in list(graph.nodes):
+        for source in _aliased_inputs(node):
+            group = classes.setdefault(source, {source})
+            group.add(node)
+            classes[node] = group
+        if not _mutates(node):
+            continue
+        written = [
+            node.args[i]
+            for i, a in enumerate(node.target._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write and i < len(node.args)
+        ]
+        twin = _functional_twin(node.target)
+        if len(written) != 1 or twin is None or not isinstance(written[0], fx.Node):
+            return False
+        old = written[0]
+        for member in classes.get(old, {old}):
+            if member.op in ("placeholder", "get_attr"):
+                return False
+            if member is not old and any(order[u] > order[node] for u in member.users):
+                return False
+        node.target = twin
+        old.replace_all_uses_with(node, delete_user_cb=lambda u, at=order[node]: order[u] > at)
+        classes.pop(old, None)
+        classes.pop(node, None)
+    return True
+
+
+def _aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    """Inputs whose storage an output of this (not mutating) call may share."""
+    if node.op != "call_function":
+        return
+    if node.target is operator.getitem:
+        yield node.args[0]
+        return
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return
+    schema = node.target._schema
+    if packet(node) in _MAY_RETURN_INPUT or any(r.alias_info is not None for r in schema.returns):
+        yield from node.all_input_nodes
+
+
+def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
+    """Canonical clutter-free form: unknown composites decomposed, full slices and double getitems gone, dead code out."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not known(node):
+            decompose(graph, node, known)
+    seen: dict[tuple[fx.Node, Any], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is operator.getitem:
+            first = seen.setdefault((node.args[0], node.args[1]), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+        elif node.target is aten.slice.Tensor and _is_full_slice(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif packet(node) in ("aten.view", "aten.reshape", "aten._unsafe_view") and len(node.args) > 1:
+            _infer_composite_size(node)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _has_effect(n))
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_full_slice(node: fx.Node) -> bool:
+    start = node.args[2] if len(node.args) > 2 else None
+    end = node.args[3] if len(node.args) > 3 else None
+    step = node.args[4] if len(node.args) > 4 else 1
+    return start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1
+
+
+def _infer_composite_size(node: fx.Node) -> None:
+    """A size like ``batch * heads`` hides a constant in arithmetic; where it is the only such size, write -1 instead."""
+    sizes = node.args[1]
+    if not isinstance(sizes, (list, tuple)) or any(isinstance(s, int) and s == -1 for s in sizes):
+        return
+    composite = [i for i, s in enumerate(sizes) if isinstance(s, fx.Node) and s.target is not aten.sym_size.int]
+    if len(composite) == 1:
+        node.update_arg(1, [-1 if i == composite[0] else s for i, s in enumerate(sizes)])
+
+
+def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], depth: int = 0) -> None:
+    """Open up a call without canonical form through its own or the core decomposition; leave it where there is none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or depth > 4:
+        return
+    if target.has_kernel_for_dispatch_key(_COMPOSITE):
+        function: Callable[..., Any] = target.decompose
+    else:
+        table = torch._decomp.core_aten_decompositions()
+        if target not in table:
+            return
+        function = table[target]
+    flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+    slots = [i for i, x in enumerate(flat) if isinstance(x, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        full = list(flat)
+        for i, v in zip(slots, values, strict=True):
+            full[i] = v
+        args, kwargs = torch.utils._pytree.tree_unflatten(full, spec)
+        out = function(*args, **kwargs)
+        return tuple(out) if isinstance(out, (tuple, list)) else out
+
+    examples = [flat[i].meta.get("val") for i in slots]
+    if any(v is None for v in examples):
+        return
+    try:
+        body = make_fx(call, tracing_mode="symbolic" if not _has_fake(examples) else "real")(*examples)
+    except Exception:  # no decomposition for these arguments: the call stays whole (and becomes opaque)
+        return
+    if any(n.op == "get_attr" for n in body.graph.nodes):
+        return
+    env: dict[fx.Node, Any] = {}
+    made: list[fx.Node] = []
+    value: Any = None
+    with graph.inserting_before(node):
+        feed = iter([flat[i] for i in slots])
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = next(feed)
+            elif inner.op == "output":
+                value = fx.node.map_arg(inner.args[0], lambda n: env[n])
+            else:
+                new = graph.node_copy(inner, lambda n: env[n])
+                new.meta = {**node.meta, "val": inner.meta.get("val")}
+                env[inner] = new
+                made.append(new)
+    if isinstance(value, (tuple, list)):
+        for user in list(node.users):
+            user.replace_all_uses_with(value[user.args[1]])
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    for new in made:
+        if not known(new):
+            decompose(graph, new, known, depth + 1)
+
+
+def _has_fake(values: list[Any]) -> bool:
+    return any(isinstance(v, torch._subclasses.FakeTensor) for v in values)
