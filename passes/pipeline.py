@@ -167,14 +167,14 @@ class Pipeline:
                 if step.needs is Needs.CALIBRATION:
                     step.batches(ctx)
             except FoldlineError as exc:
-                raise self._blame(exc, i, step) from exc.__cause__
+                self._blame(exc, i, step)
+                raise
 
-    def _blame(self, exc: FoldlineError, i: int, step: Pass) -> FoldlineError:
-        """The same error, carrying the pass it came from."""
+    def _blame(self, exc: FoldlineError, i: int, step: Pass) -> None:
+        """Let the error carry the pass it came from."""
         if exc.pass_name is None:
             exc.pass_name = f"{step.name} ({i + 1} of {len(self.passes)})"
             exc.args = (str(exc),)
-        return exc
 
     def _one(
         self,
@@ -198,7 +198,8 @@ class Pipeline:
                 measured = _measure(step, graph, new, inputs, rtol, outcome)
                 cost = before if new is graph else _cost(new)
         except FoldlineError as exc:
-            raise self._blame(exc, i, step) from exc.__cause__
+            self._blame(exc, i, step)
+            raise
         except Exception as exc:
             exc.add_note(f"in pass {step.name!r} ({i + 1} of {len(self.passes)}) of pipeline {self.name!r}")
             raise
