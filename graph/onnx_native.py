@@ -1,0 +1,107 @@
+"""Small readings of onnx_ir objects: dtype names, constants, attributes as plain data, subgraph captures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+def dtype_name(dtype: ir.DataType | None) -> str:
+    """numpy-style name: ``"float32"``, ``"bfloat16"``, ``"float8_e4m3fn"``, ``"string"``; ``""`` if unknown."""
+    if dtype is None or dtype == ir.DataType.UNDEFINED:
+        return ""
+    if dtype == ir.DataType.STRING:
+        return "string"
+    return str(dtype.numpy().name)
+
+
+def dtype_of(name: str) -> ir.DataType:
+    """The ONNX type of a numpy-style name. Raises KeyError for a name ONNX has no type for."""
+    if name in ("string", "object", "str"):
+        return ir.DataType.STRING
+    for dtype in ir.DataType:
+        if dtype not in (ir.DataType.UNDEFINED, ir.DataType.STRING) and dtype.numpy().name == name:
+            return dtype
+    raise KeyError(name)
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """An attribute as plain Python data (tuples become lists)."""
+    attr = node.attributes.get(name)
+    if attr is None or attr.is_ref():
+        return default
+    value = attr.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def constant_attribute(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a Constant node, whatever attribute spells it; None for sparse ones."""
+    for name, attr in node.attributes.items():
+        if attr.is_ref():
+            return None
+        if name == "value":
+            return attr.as_tensor()
+        if name in ("value_int", "value_ints"):
+            return ir.tensor(np.asarray(attr.value, np.int64))
+        if name in ("value_float", "value_floats"):
+            return ir.tensor(np.asarray(attr.value, np.float32))
+        if name in ("value_string", "value_strings"):
+            strings = [attr.value] if name == "value_string" else list(attr.value)
+            data = [s.encode() if isinstance(s, str) else s for s in strings]
+            shape = ir.Shape([]) if name == "value_string" else ir.Shape([len(data)])
+            return ir.StringTensor(data, shape=shape)
+    return None
+
+
+def is_constant_node(node: ir.Node) -> bool:
+    return node.op_type == "Constant" and node.domain in STANDARD_DOMAINS and constant_attribute(node) is not None
+
+
+def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of a value that is the same in every run: an initializer that no caller can override, or Constant."""
+    producer = value.producer()
+    if producer is not None:
+        return constant_attribute(producer) if is_constant_node(producer) else None
+    if value.is_initializer() and not value.is_graph_input():
+        return value.const_value
+    return None
+
+
+def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    return tuple(int(d) for d in tensor.shape)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in the attributes of a node (not the nested ones below them)."""
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
+def captures(node: ir.Node, outer: ir.Graph) -> list[ir.Value]:
+    """Values of ``outer`` that the subgraphs of a node read, nested ones included, in order of first use."""
+    found: dict[ir.Value, None] = {}
+
+    def visit(graph: ir.Graph) -> None:
+        for inner in graph:
+            for value in inner.inputs:
+                if value is not None and value.graph is outer:
+                    found[value] = None
+            for deeper in subgraphs(inner):
+                visit(deeper)
+        for value in graph.outputs:
+            if value.graph is outer:
+                found[value] = None
+
+    for graph in subgraphs(node):
+        visit(graph)
+    return list(found)
