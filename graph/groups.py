@@ -224,6 +224,8 @@ class AxisGroups:
                     continue
                 e = norm(self.analysis.spaces[value][i])
                 lines.append(f"{w.name}[{i}] ({w.shape[i]}) = {self._pretty(e)}")
+                if not self.of(w, i):
+                    lines.append("  only single indices, told apart by how the graph cuts them: nothing to select")
                 for g in self.of(w, i):
                     lines.extend("  " + line for line in self._describe(g).splitlines())
         return "\n".join(lines)
@@ -291,10 +293,19 @@ class AxisGroups:
     def __str__(self) -> str:
         free = [g for g in self.groups if g.can("select")]
         lines = [f"{len(self.groups)} axis groups, {len(free)} selectable"]
+        hidden = [
+            g
+            for g in self.groups
+            if all(r == "kernel axis" for r, _ in g.atom.marks.get("select", ())) and not g.can("select")
+        ]
         for g in self.groups:
+            if g in hidden:
+                continue
             state = ("nested" if g.nested else "free") if g.can("select") else f"frozen: {g.why()}"
             members = ", ".join(m.label for m in g.members[:4]) + (" ..." if len(g.members) > 4 else "")
             lines.append(f"  {g.name:40s} {g.size:6d}  {state:12s}  {members}")
+        if hidden:
+            lines.append(f"  ({len(hidden)} kernel axes not shown)")
         return "\n".join(lines)
 
 

@@ -19,8 +19,10 @@ ZERO_KEEPING = (
     *("hardshrink", "softshrink", "tanhshrink", "nan_to_num"),
 )
 MONOTONE = frozenset(
-    ("relu", "leaky_relu", "elu", "selu", "celu", "sigmoid", "hardsigmoid", "tanh", "softplus", "softsign", "erf")
-    + ("exp", "expm1", "log", "log1p", "sqrt", "floor", "ceil", "round", "logsigmoid", "identity")
+    (
+        *("relu", "leaky_relu", "elu", "selu", "celu", "sigmoid", "hardsigmoid", "tanh", "softplus", "softsign", "erf"),
+        *("exp", "expm1", "log", "log1p", "sqrt", "floor", "ceil", "round", "logsigmoid", "identity"),
+    )
 )
 OTHER = (
     *("sigmoid", "hardsigmoid", "softplus", "exp", "log", "rsqrt", "reciprocal", "cos", "acos", "cosh", "acosh"),

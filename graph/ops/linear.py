@@ -210,6 +210,7 @@ def _gather(an: Analysis, node: Node) -> None:
     index = indices.const() if indices.is_const and len(own) == 1 else None
     middle: list[Space]
     if index is not None and index.size:
+        an.freeze(list(own), "length of an index list", node)
         index = np.where(index < 0, index + spaces[axis].size, index)
         try:
             middle = [permute(spaces[axis], index)]
