@@ -176,7 +176,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _named(error: Exception) -> str | None:
-    match = re.search(r"[Nn]ode:? ?\(?'?([^\s')]+)", str(error))
+    match = re.search(r"[Nn]ame: ?'([^']+)'", str(error)) or re.search(r"[Nn]ode \(([^)\s]+)\)", str(error))
     return match.group(1) if match else None
 
 
