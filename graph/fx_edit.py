@@ -63,7 +63,7 @@ class FXEdits(Base):
             value.native.meta["val"] = meta_of(self.mode, new)
             value.shape, value.hint, value.dtype = self.describe(value.native.meta["val"])
             self._dirty.update(value.native.users)
-            for user in value.native.users:
+            for user in list(value.native.users):
                 if sync_baked_sizes(user):
                     self._resync(self._node_of[user])
 
