@@ -211,7 +211,9 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 def config_error(exc: ValidationError, model: type[BaseModel], owner: str) -> ConfigError:
     """A pydantic ValidationError as a ConfigError that names the key and, for an unknown one, the nearest valid one."""
-    problem = exc.errors(include_url=False)[0]
+    problems = exc.errors(include_url=False)
+    # A misspelt required option is both unknown and missing: the first says more.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
     if problem["type"] == "extra_forbidden":
         options = sorted(model.model_fields)

@@ -20,6 +20,21 @@ BUILTIN: dict[str, tuple[str, str]] = {
 
 GROUP = "foldline.passes"
 
+_local: dict[str, type[Pass]] = {}
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    """Make a pass known by its name in this process (class decorator); packages use the entry point instead.
+
+    Raises:
+        ConfigError: it has no name, or another pass has the same.
+    """
+    if not cls.name or (cls.name in names() and _local.get(cls.name) is not cls):
+        found = f"{cls.name!r}, which is taken" if cls.name else "none"
+        raise ConfigError("a pass needs a name of its own", node=cls.__name__, expected="a new name", found=found)
+    _local[cls.name] = cls
+    return cls
+
 
 @cache
 def _third_party() -> dict[str, EntryPoint]:
@@ -28,16 +43,17 @@ def _third_party() -> dict[str, EntryPoint]:
 
 def names() -> list[str]:
     """Names of all passes, foldline's own first."""
-    return [*BUILTIN, *sorted(_third_party())]
+    return [*BUILTIN, *sorted({*_third_party(), *_local})]
 
 
-@cache
 def get(name: str) -> type[Pass]:
     """The pass class of that name.
 
     Raises:
         ConfigError: no such pass (naming the nearest one), or the entry point gives no pass of that name.
     """
+    if name in _local:
+        return _local[name]
     if name in BUILTIN:
         module, attribute = BUILTIN[name]
         found = getattr(importlib.import_module(module, __package__), attribute)
