@@ -141,9 +141,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, str]:
     return max_abs, max_abs / scale if scale > 0 else (0.0 if max_abs == 0 else math.inf), ""
 
 
-def compare(
-    before: Graph, after: Graph, inputs: Iterable[Mapping[str, np.ndarray]], rtol: float = 1e-5
-) -> Comparison:
+def compare(before: Graph, after: Graph, inputs: Iterable[Mapping[str, np.ndarray]], rtol: float = 1e-5) -> Comparison:
     """Run both graphs on the same inputs and compare outputs, by position.
 
     Args:
@@ -203,9 +201,7 @@ def _lots(values: Sequence[Value]) -> Iterable[list[str]]:
         yield lot
 
 
-def first_divergence(
-    before: Graph, after: Graph, arrays: Mapping[str, np.ndarray], rtol: float = 1e-5
-) -> str | None:
+def first_divergence(before: Graph, after: Graph, arrays: Mapping[str, np.ndarray], rtol: float = 1e-5) -> str | None:
     """Name of the first value, in topological order, that both graphs have and that differs by more than ``rtol``.
 
     Values whose shapes differ (after pruning) are passed over. None if no such value exists.

@@ -80,6 +80,8 @@ def export(graph: Graph, opset: int = OPSET) -> ir.Model:
             raise BackendError(
                 "torch.onnx could not export the graph", node=graph.name, found=_cause(exc), hint="see found"
             ) from exc
+    if program is None:
+        raise BackendError("torch.onnx gave no model", node=graph.name)
     model: ir.Model = program.model
     strip(model)
     return model

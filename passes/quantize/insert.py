@@ -29,7 +29,7 @@ class Inserter:
         inputs = {name: params[point.root] for name, point in placement.points.items()}
         for site in placement.weights:
             self._weight(site, inputs[site.x.name])
-        for name, point in placement.points.items():
+        for name in placement.points:
             self._pair(name, placement, inputs[name])
 
     def _constants(self, name: str, p: QuantParams) -> tuple[Value, Value | None]:

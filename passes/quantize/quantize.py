@@ -146,6 +146,6 @@ def _unfolded(graph: Graph, placement: Placement) -> list[Decision]:
     for node in graph.nodes:
         x = node.inputs[0] if node.op == "batch_norm" and node.inputs else None
         if x is not None and x.producer is not None and x.producer.name in placement.quantized:
-            reason = f"it stands unfolded after {x.producer.name}, which costs accuracy and a float pass: run Fold first"
+            reason = f"it stands unfolded after {x.producer.name}: that costs accuracy and a float pass; run Fold first"
             found.append(Decision(node.name, "warned", reason))
     return found

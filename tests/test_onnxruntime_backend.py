@@ -1,0 +1,217 @@
+"""The ONNX Runtime backend: lowering both kinds of graph, what it fuses, its rules, real accuracy."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from foldline.backends import Diagnostic, get, names
+from foldline.backends.base import Artifact
+from foldline.backends.check import check
+from foldline.graph.errors import BackendError, ConfigError, ConstraintError, ModelFileError
+from foldline.graph.fx import load_torch
+from foldline.graph.onnx import load_onnx
+from foldline.graph.verify import difference
+from foldline.passes.base import Context
+from foldline.passes.quantize import Quantize
+from foldline.passes.quantize.numerics import sqnr_db
+from support.data import accuracy, cifar10, trained_resnet
+from test_quantize import block, exported
+
+CPU = get("onnxruntime-cpu")
+
+
+def quantize(graph, batches, **options):
+    Quantize(**options).apply(graph, Context(calibration=batches, backends=get))
+    return graph
+
+
+def test_names_and_aliases() -> None:
+    assert get("onnxruntime").name == "onnxruntime-cpu" and "onnxruntime-cuda" in names()
+    with pytest.raises(ConfigError, match="did you mean 'onnxruntime-cpu'"):
+        get("onnxruntime-cpus")
+
+
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+def test_float_graphs_run_as_they_are_with_any_batch(front: str, tmp_path) -> None:
+    model, batches = block()
+    graph = load_torch(model, batches[0]) if front == "fx" else load_onnx(exported(model, batches[0]))
+    artifact = CPU.lower(graph, batches[0], path=tmp_path / "m.onnx")
+    assert artifact.path == tmp_path / "m.onnx" and artifact.path.exists()
+    assert artifact.output_names == [v.name for v in graph.outputs]
+    for count in (1, 3):
+        x = torch.randn(count, 3, 14, 14)
+        (y,) = artifact.run(x)
+        assert difference(model(x).detach().numpy(), y)[1] < 1e-5
+        np.testing.assert_array_equal(artifact.run({artifact.input_names[0]: x.numpy()})[0], y)
+    onnx.checker.check_model(str(artifact.path))
+    assert onnx.load(artifact.path).ir_version <= 10
+
+
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+def test_quantized_graphs_become_integer_kernels_with_the_numbers_of_the_graph(front: str) -> None:
+    model, batches = block()
+    graph = load_torch(model, batches[0]) if front == "fx" else load_onnx(exported(model, batches[0]))
+    quantize(graph, batches)
+    assert CPU.check(graph) == []
+    artifact = CPU.lower(graph, batches[0])
+    profile = artifact.profile()
+    assert profile.counts["QLinearConv"] == 3 and profile.counts["QGemm"] == 2 and profile.counts["QLinearAdd"] == 1
+    assert profile.float_matrix == []
+    simulated = np.asarray(graph.run({graph.inputs[0].name: batches[0].numpy()})[0][0])
+    # Integer accumulation rounds once where the simulation rounds often: a tie may fall to the other side.
+    assert sqnr_db(simulated, artifact.run(batches[0])[0]) > 35
+    assert sqnr_db(model(batches[0]).detach().numpy(), artifact.run(batches[0])[0]) > 25
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_square_three_dimensional_linear_layers_are_integer_and_right(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU(), torch.nn.Linear(16, 16)).eval()
+    x = torch.randn(2, 5, 16)
+    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
+    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False, dynamic_shapes=shapes)
+    for graph in (load_torch(net, x), load_onnx(program.model_proto)):
+        quantize(graph, [x])
+        artifact = CPU.lower(graph)
+        assert artifact.profile().float_matrix == []
+        assert sqnr_db(net(x).detach().numpy(), artifact.run(x)[0]) > 30
+
+
+def test_the_same_graph_gives_the_same_bytes(tmp_path) -> None:
+    model, batches = block()
+    files = []
+    for i in range(2):
+        graph = quantize(load_torch(model, batches[0]), batches)
+        files.append(CPU.lower(graph, path=tmp_path / f"{i}.onnx").path.read_bytes())
+    assert files[0] == files[1]
+    assert str(tmp_path).encode() not in files[0] and b".py" not in files[0]
+
+
+def test_inputs_are_checked() -> None:
+    model, batches = block()
+    artifact = CPU.lower(load_onnx(exported(model, batches[0])))
+    with pytest.raises(ConstraintError, match="do not match"):
+        artifact.run({"nope": batches[0]})
+    with pytest.raises(ConstraintError, match="too many"):
+        artifact.run((batches[0], batches[0]))
+    with pytest.raises(BackendError, match="ONNX Runtime refused"):
+        artifact.run(torch.randn(1, 3, 14))
+
+
+def test_a_missing_provider_is_named() -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine has the CUDA provider")
+    model, batches = block()
+    with pytest.raises(BackendError, match="lacks the provider"):
+        get("onnxruntime-cuda").lower(load_onnx(exported(model, batches[0])))
+
+
+def test_benchmark_alternates_and_compares() -> None:
+    order: list[str] = []
+
+    class Fake(Artifact):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, inputs):
+            order.append(self.name)
+            return []
+
+        def example(self):
+            return {}
+
+    found = Fake("a").benchmark(runs=3, warmup=1, against=Fake("b"))
+    assert order == ["a", "b"] * 4
+    assert found["runs"] == 3 and found["against"]["runs"] == 3 and found["ratio"] > 0
+    with pytest.raises(ConfigError):
+        Fake("a").benchmark(runs=0)
+
+
+# ---- rules: each on a file that breaks it, and none on one that does not ---------------------------------------------
+def conv_file(
+    act: str = "uint8",
+    weight: str = "int8",
+    axis: int = 0,
+    output_q: bool = True,
+    leak: bool = False,
+    zero: bool = True,
+    bias: str = "int32",
+    input_q: bool = True,
+) -> onnx.ModelProto:
+    z = "" if not zero else ", az"
+    tail = "yq = QuantizeLinear(c, s{z})  y = DequantizeLinear(yq, s{z})" if output_q else "y = Identity(c)"
+    head = "xq = QuantizeLinear(x, s{z})  xd = DequantizeLinear(xq, s{z})" if input_q else "xd = Identity(x)"
+    leaked, more = ("l = Tanh(c)", ", float[1, 2, 4, 4] l") if leak else ("", "")
+    scaled = "bd = DequantizeLinear<axis = 0>(b, bs, bz)" if bias == "int32" else "bd = Identity(bf)"
+    text = f"""<ir_version: 10, opset_import: ["" : 19]>
+    g (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] y{more})
+    <float s = {{0.5}}, {act} az = {{0}}, {weight}[2, 2, 1, 1] w = {{1, 2, 3, 4}}, float[2] ws = {{0.5, 0.25}},
+     {weight}[2] wz = {{0, 0}}, int32[2] b = {{3, 4}}, float[2] bs = {{0.25, 0.125}}, int32[2] bz = {{0, 0}},
+     float[2] bf = {{1.0, 2.0}}>
+    {{ {head} wd = DequantizeLinear<axis = {axis}>(w, ws, wz)  {scaled}  c = Conv(xd, wd, bd)  {leaked}  {tail} }}"""
+    return onnx.parser.parse_model(text.replace("{z}", z))
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "severity"),
+    [
+        ({"act": "int8"}, "activation-type", "warning"),
+        ({"weight": "uint8"}, "weight-type", "warning"),
+        ({"axis": 1}, "weight-axis", "error"),
+        ({"output_q": False}, "output-q", "warning"),
+        ({"leak": True}, "fan-out", "warning"),
+        ({"zero": False}, "zero-point", "warning"),
+        ({"bias": "float32"}, "bias-type", "warning"),
+        ({"input_q": False}, "input-q", "warning"),
+    ],
+)
+def test_each_rule_speaks_where_it_should(change, rule: str, severity: str) -> None:
+    found = check(conv_file(**change), "onnxruntime-cpu")
+    assert {d.rule for d in found} == {rule}
+    assert {d.severity for d in found} == {severity}
+    assert all(d.node and d.fix for d in found)
+
+
+def test_no_rule_speaks_on_a_good_file() -> None:
+    assert check(conv_file(), "onnxruntime-cpu") == []
+
+
+def test_a_wrong_bias_scale_is_an_error() -> None:
+    model = conv_file()
+    scale = next(t for t in model.graph.initializer if t.name == "bs")
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.array([0.25, 0.25], np.float32), "bs"))
+    assert [d.rule for d in check(model, "onnxruntime-cpu")] == ["bias-scale"]
+
+
+def test_a_broken_file_is_an_error_and_a_missing_one_raises(tmp_path) -> None:
+    model = conv_file()
+    model.graph.node[0].op_type = "NoSuchOp"
+    found = check(model, "onnxruntime-cpu")
+    assert [(d.rule, d.severity) for d in found] == [("onnx", "error")] and "NoSuchOp" in found[0].message
+    with pytest.raises(ModelFileError):
+        check(tmp_path / "none.onnx", "onnxruntime-cpu")
+    assert "warning [r] n: m (f)" == str(Diagnostic("r", "warning", "n", "m", "f"))
+
+
+# ---- real data ----------------------------------------------------------------------------------------------------
+@pytest.mark.data
+def test_resnet20_in_int8_is_accurate_fused_and_faster() -> None:
+    model = trained_resnet(20)
+    calibration, _ = cifar10("train", 256)
+    images, labels = cifar10("test", 1000)
+    batches = list(calibration.split(64))
+    float_model = exported(model, batches[0])
+    before = CPU.lower(load_onnx(float_model), threads=1)
+    artifact = CPU.lower(quantize(load_onnx(float_model), batches), threads=1)
+    profile = artifact.profile()
+    assert profile.counts["QLinearConv"] == 19 and profile.counts["QGemm"] == 1
+    assert profile.float_matrix == []
+    expected, found = before.run(images)[0], artifact.run(images)[0]
+    assert sqnr_db(expected, found) >= 28
+    right = float((found.argmax(1) == labels.numpy()).mean())
+    assert abs(right - accuracy(model, images, labels)) <= 0.003
+    assert artifact.benchmark(runs=60, warmup=20, against=before, inputs=images[:1])["ratio"] < 1
