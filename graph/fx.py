@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,15 @@ def location_of(node: fx.Node) -> str:
     return best
 
 
+@dataclass(frozen=True)
+class Record:
+    """A node as it was loaded."""
+
+    scope: str
+    attrs: dict[str, Any]
+    shapes: list[tuple[Dim, ...] | None]
+
+
 class FXGraph(FXEdits, Graph):
     """Canonical view over ``graph.fx``, a functional ATen graph whose weights are ``get_attr`` nodes.
 
@@ -120,7 +130,8 @@ class FXGraph(FXEdits, Graph):
         fx: the native graph. Every canonical node's ``native`` is its fx node.
         tensors: current tensor of each weight, by canonical name; never modified in place.
         source: the capture (caller's module, example call).
-        pristine: per fx node name, the canonical attributes and output shapes as loaded.
+        pristine: per node name, its scope, attributes and output shapes as loaded.
+        originals: the caller's tensor of each loaded weight.
     """
 
     kind = "fx"
@@ -130,8 +141,10 @@ class FXGraph(FXEdits, Graph):
         self.source = found
         self.tensors: dict[str, torch.Tensor] = {}
         self.kinds: dict[str, str] = {}
+        self.submodules: dict[str, nn.Module] = {}
         self.alias_names: dict[str, tuple[str, ...]] = {}
         self.changed: set[str] = set()
+        self.given: set[str] = set()
         self.sizes: dict[str, int] = dict(found.sizes)
         self._dirty: set[fx.Node] = set()
         self._seen_used: set[str] = set()
@@ -150,6 +163,8 @@ class FXGraph(FXEdits, Graph):
         self._adopt_weights(pure)
         self._build({})
         self._seen_used = set(self.weights)
+        self.originals = dict(self.tensors)
+        self.loaded_names = {a for w in self.weights.values() for a in w.aliases}
         self.pristine = self.snapshot()
 
     # ---- building the view -----------------------------------------------------------------------------------
@@ -166,7 +181,8 @@ class FXGraph(FXEdits, Graph):
             if name not in found:
                 found.append(name)
         canonical: dict[tuple[Any, ...], fx.Node] = {}
-        for node in [n for n in self.fx.nodes if n.op == "get_attr"]:
+        self.submodules = dict(pure.submodules)
+        for node in [n for n in self.fx.nodes if n.op == "get_attr" and str(n.target) in pure.tensors]:
             tensor, kind = pure.tensors[str(node.target)]
             key = storage_key(tensor)
             if key in canonical and tensor.numel():
@@ -198,7 +214,7 @@ class FXGraph(FXEdits, Graph):
                 value = self._new_value(node, unique(names.get(node, node.name)))
                 value.is_input = True
                 self.inputs.append(value)
-            elif node.op == "get_attr":
+            elif node.op == "get_attr" and str(node.target) not in self.submodules:
                 self._new_weight(node, unique(names.get(node, str(node.target))))
             elif node.op == "call_function" and not self._is_getitem(node):
                 self._new_node(node, unique, names)
@@ -353,9 +369,20 @@ class FXGraph(FXEdits, Graph):
                 for value, part in zip(n.outputs, val, strict=True):
                     value.shape, value.hint, value.dtype = self.describe(part)
 
-    def snapshot(self) -> dict[str, tuple[dict[str, Any], list[tuple[Dim, ...] | None]]]:
-        """Attributes and output shapes by node name, to see later what edits changed."""
-        return {n.name: (dict(n.attrs), [v.shape for v in n.outputs]) for n in self.nodes}
+    def snapshot(self) -> dict[str, Record]:
+        """Attributes, scopes and output shapes by node name, to see later what edits changed."""
+        return {n.name: Record(n.scope, dict(n.attrs), [v.shape for v in n.outputs]) for n in self.nodes}
+
+    def is_persistent(self, name: str) -> bool:
+        """Does the caller's state_dict hold this name? (True for names foldline added.)"""
+        module = self.source.module
+        if module is None:
+            return True
+        path, _, leaf = name.rpartition(".")
+        try:
+            return leaf not in module.get_submodule(path)._non_persistent_buffers_set
+        except AttributeError:
+            return True
 
     # ---- copying and running ---------------------------------------------------------------------------------
     def clone(self) -> FXGraph:
@@ -369,13 +396,15 @@ class FXGraph(FXEdits, Graph):
             env[node] = self.fx.node_copy(node, lambda n: env[n])
             env[node].meta = dict(node.meta)
         self.tensors, self.kinds = dict(like.tensors), dict(like.kinds)
+        self.submodules = dict(like.submodules)
         self.alias_names, self.changed = dict(like.alias_names), set(like.changed)
         self.sizes, self.notes, self.name = dict(like.sizes), list(like.notes), like.name
         self.in_spec, self.out_spec, self.mode = like.in_spec, like.out_spec, like.mode
         self._build({env[n]: v.name for n, v in like._value_of.items()})
         self._seen_used = set(like._seen_used)
         self._dirty = {env[n] for n in like._dirty if n in env}
-        self.pristine = like.pristine
+        self.pristine, self.originals, self.loaded_names = like.pristine, like.originals, like.loaded_names
+        self.given = set(like.given)
         for node, old in zip(self.nodes, like.nodes, strict=True):
             node.name, node.scope, node.location = old.name, old.scope, old.location
 

@@ -56,6 +56,7 @@ class FXEdits(Base):
             new = torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad and floating)
         self.tensors[weight.name] = new
         self.changed.add(weight.name)
+        self.given.discard(weight.name)
         weight.shape, weight.dtype = tuple(new.shape), dtype_name(new.dtype)
         value = weight.value
         assert value is not None

@@ -61,13 +61,14 @@ class Pure:
     def __init__(self, program: ExportedProgram) -> None:
         self.notes: list[str] = []
         self.tensors: dict[str, tuple[torch.Tensor, str]] = {}
+        self.submodules: dict[str, torch.nn.Module] = {}
         graph = self._build(program)
         if not make_functional(graph):
             program = program.run_decompositions({})
             self.notes.append(
                 "in-place operations on views: batch norm and dropout are fixed in eval mode in the captured graph"
             )
-            self.tensors = {}
+            self.tensors, self.submodules = {}, {}
             graph = self._build(program)
             make_functional(graph)
         self.graph = graph
@@ -96,7 +97,7 @@ class Pure:
             if isinstance(tensor, torch.Tensor):
                 kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(spec.kind, "constant")
                 self.tensors[name] = (tensor, kind)
-        outputs = inline(new, program.graph_module, env)
+        outputs = inline(new, program.graph_module, env, self.submodules)
         flat: list[Any] = []
         for value, spec in zip(outputs, signature.output_specs, strict=True):
             if spec.kind == OutputKind.USER_OUTPUT:
@@ -131,12 +132,25 @@ def program_target(program: ExportedProgram, node: fx.Node) -> str | None:
     return None
 
 
-def inline(new: fx.Graph, gm: torch.nn.Module, env: dict[fx.Node, Any], region: str | None = None) -> list[Any]:
-    """Copy the calls of ``gm.graph`` into ``new``; returns the mapped outputs. No-grad and autocast-off bodies open up."""
+def inline(
+    new: fx.Graph, gm: torch.nn.Module, env: dict[fx.Node, Any], submodules: dict[str, torch.nn.Module]
+) -> list[Any]:
+    """Copy the calls of ``gm.graph`` into ``new``; returns the mapped outputs. No-grad and autocast-off bodies open up.
+
+    Bodies of control flow that stays (torch.cond) become ``get_attr`` nodes and land in ``submodules``.
+    """
     results: list[Any] = []
 
+    def held(n: fx.Node) -> Any:
+        item = env[n]
+        if isinstance(item, torch.nn.Module):
+            name = f"body_{len(submodules)}"
+            submodules[name] = item
+            item = env[n] = new.get_attr(name)
+        return item
+
     def get(x: Any) -> Any:
-        return fx.node.map_arg(x, lambda n: env[n])
+        return fx.node.map_arg(x, held)
 
     def pick(index: int, seq: Any) -> Any:
         return seq[index]
@@ -166,7 +180,7 @@ def inline(new: fx.Graph, gm: torch.nn.Module, env: dict[fx.Node, Any], region: 
             inner = dict(
                 zip([n for n in sub_gm.graph.nodes if n.op == "placeholder"], [get(a) for a in operands], strict=True)
             )
-            values = inline(new, sub_gm, inner)
+            values = inline(new, sub_gm, inner, submodules)
             env[node] = [_detached(new, v) if no_grad else v for v in values]
             continue
         made = new.create_node(node.op, node.target, get(node.args), get(node.kwargs), name=node.name)
@@ -285,10 +299,11 @@ def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
             graph.erase_node(node)
         elif packet(node) in ("aten.view", "aten.reshape", "aten._unsafe_view") and len(node.args) > 1:
             _infer_composite_size(node)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _has_effect(n))
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or has_effect(n))
 
 
-def _has_effect(node: fx.Node) -> bool:
+def has_effect(node: fx.Node) -> bool:
+    """Must this call stay although nobody reads it (a buffer update)?"""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 def interpret(
-    graph: FXGraph, inputs: dict[str, Any], taps: Sequence[str], grad: bool
+    graph: FXGraph,
+    inputs: dict[str, Any],
+    taps: Sequence[str] = (),
+    grad: bool = False,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Run ``graph`` in eval semantics; inputs by graph input name, taps by value name."""
+    """Run ``graph`` in eval semantics; inputs by graph input name, taps by value name; ``tensors`` replaces weights."""
     from .fx import from_numpy
 
     unknown = [t for t in taps if t not in graph.values]
@@ -33,6 +37,7 @@ def interpret(
             results[name] = torch.from_numpy(value.literal.copy())
         else:
             wanted.setdefault(graph.fx_value(value), []).append(name)
+    stored: dict[str, Any] = {**graph.tensors, **graph.submodules, **(tensors or {})}
     outputs: list[torch.Tensor] = []
     device = next((t.device for t in graph.tensors.values()), torch.device("cpu"))
     with torch.enable_grad() if grad else torch.no_grad():
@@ -40,7 +45,7 @@ def interpret(
             if node.op == "placeholder":
                 env[node] = _input(graph, node, inputs, device, from_numpy)
             elif node.op == "get_attr":
-                env[node] = graph.tensors[str(node.target)]
+                env[node] = stored[str(node.target)]
             elif node.op == "output":
                 outputs = [env[n] for n in node.args[0] if isinstance(n, fx.Node) and n in graph._value_of]  # type: ignore[union-attr]
                 continue
