@@ -139,7 +139,7 @@ class Pipeline:
         given, start = graph, _cost(graph)
         ctx.original = given
         inputs = Inputs(graph, example_inputs, self.seed, calibration) if verify else None
-        report = self._report(graph, start, verify)
+        report = self._report(model, graph, start, verify)
         plans, artifact, cost = [], None, start
         for i, step in enumerate(self.passes):
             new, outcome, record = self._one(i, step, graph, ctx, inputs, cost, rtol)
@@ -222,10 +222,10 @@ class Pipeline:
         )
         return new, outcome, record
 
-    def _report(self, graph: Graph, cost: CostSummary, verify: bool) -> Report:
+    def _report(self, given: Any, graph: Graph, cost: CostSummary, verify: bool) -> Report:
         names = {*graph.weights, *(n.name for n in graph.nodes), *(n.scope for n in graph.nodes if n.scope)}
         model = {
-            "name": graph.name,
+            "name": Path(given).stem if isinstance(given, (str, Path)) else graph.name,
             "kind": graph.kind,
             "inputs": [_signature(v) for v in graph.inputs],
             "outputs": [_signature(v) for v in graph.outputs],

@@ -16,7 +16,7 @@ from ..graph.errors import ConstraintError
 from .base import Decision, nearest
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PassRecord:
             return self.why_not or "not measured"
         worst = worst_of(self.comparison)
         if self.contract == "exact":
-            return f"verified, error {worst['max_rel']:.1e}"
+            return "verified, " + (f"error {worst['max_rel']:.1e}" if worst["max_rel"] else "identical")
         if worst["max_abs"] == 0:
             return "identical"
         top1 = "" if worst["top1"] is None else f", top-1 {worst['top1']:.1%}"
@@ -161,10 +161,10 @@ class Report:
 
         return page(self)
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from .report_text import tables
 
-        return tables(self)
+        yield from tables(self, options.max_width)
 
     def __str__(self) -> str:
         import io
@@ -174,6 +174,11 @@ class Report:
         stream = io.StringIO()
         Console(file=stream, width=118, no_color=True).print(self)
         return stream.getvalue().rstrip("\n")
+
+
+def in_order(decisions: Iterable[Decision]) -> list[Decision]:
+    """What was done before what was left alone: there is more of the latter, and it is rarely the question."""
+    return sorted(decisions, key=lambda d: d.action.startswith("kept"))
 
 
 def _within(name: str, scope: str) -> bool:

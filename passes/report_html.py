@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .report import change, count, decibel, jsonable, size, worst_of
+from .report import change, count, decibel, in_order, jsonable, size, worst_of
 from .report_style import SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def _section(title: str, content: str) -> str:
 def _header(report: Report) -> str:
     model = report.model
     steps = "".join(f"<li>{_badge(r.contract, r.name)}</li>" for r in report.passes)
-    checked = "checked on real and made-up inputs" if report.verify else "not verified"
-    if report.verify and not any("example" in r.compared_on for r in report.passes):
-        checked = "checked on made-up inputs"
+    used = sorted({name for r in report.passes for name in r.compared_on})
+    checked = f"checked on {' and '.join(used)} inputs" if report.verify and used else "not verified"
+    article = "an" if _kind(model["kind"])[0] in "AEIOU" else "a"
     return (
         f'<header>\n<p class="brand">foldline <span>{escape(report.versions.get("foldline", ""))}</span></p>\n'
         f"<h1>{escape(model['name'])}</h1>\n"
-        f'<p class="lede">Pipeline <b>{escape(report.pipeline)}</b> on a {escape(_kind(model["kind"]))} model, '
+        f'<p class="lede">Pipeline <b>{escape(report.pipeline)}</b> on {article} {escape(_kind(model["kind"]))} model, '
         f"seed {report.seed}, {checked}.</p>\n"
         f'<ol class="steps">{steps}</ol>\n</header>'
     )
@@ -168,7 +168,7 @@ def _pass(i: int, record: PassRecord) -> str:
     if record.decisions:
         rows = [
             [f"<code>{escape(d.subject)}</code>", escape(d.action), escape(d.reason) + _data(d.data)]
-            for d in record.decisions
+            for d in in_order(record.decisions)
         ]
         parts.append(
             _folded(f"{len(rows)} decision{'s' if len(rows) > 1 else ''}", ("subject", "action", "reason"), rows)
@@ -211,7 +211,7 @@ def _brief(value: Any) -> str:
     value = jsonable(value)
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value)
+    text = ", ".join(map(_brief, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 240 else text[:237] + "..."
 
 
@@ -222,7 +222,7 @@ def _groups(report: Report) -> str:
         if not groups:
             continue
         rows = []
-        for g in groups:
+        for g in sorted(groups, key=lambda g: g["kept"] == g["size"]):
             total, kept = int(g["size"]), int(g["kept"])
             share = kept / total if total else 1.0
             meter = f'<span class="meter wide"><span style="width:{share:.1%}"></span></span>'
@@ -260,7 +260,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Iterable
     lines = ["<tr>" + "".join(f"{c}{v}</td>" for c, v in zip(cell, row, strict=True)) + "</tr>" for row in rows[:ROWS]]
     more = f"<caption>{len(rows) - ROWS} more rows are in report.json</caption>" if len(rows) > ROWS else ""
     thead = f"<thead><tr>{heads}</tr></thead>" if any(head) else ""
-    return f"<table>{more}{thead}<tbody>{''.join(lines)}</tbody></table>"
+    kind = "" if any(head) else ' class="facts"'
+    return f"<table{kind}>{more}{thead}<tbody>{''.join(lines)}</tbody></table>"
 
 
 def _folded(summary: str, head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Iterable[int] = ()) -> str:

@@ -27,7 +27,7 @@ h2 { font-size: 17px; margin: 0 0 14px; letter-spacing: -0.01em; }
 h3 { font-size: 15px; margin: 0 0 8px; display: flex; gap: 10px; align-items: center; }
 a { color: var(--after-ink); text-decoration: none; }
 a:hover { text-decoration: underline; }
-code { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+code { font: 12.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: break-word; }
 .brand { margin: 0; color: var(--after-ink); font-weight: 650; letter-spacing: 0.01em; }
 .brand span { color: var(--soft); font-weight: 400; }
 .lede, .sub, .legend { color: var(--soft); margin: 0; }
@@ -57,6 +57,8 @@ tr:last-child td { border-bottom: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 caption { caption-side: bottom; text-align: left; color: var(--soft); padding-top: 8px; }
+.facts td:first-child { width: 1%; white-space: nowrap; color: var(--soft); }
+.facts code { overflow-wrap: anywhere; }
 .data { color: var(--soft); font-size: 12.5px; }
 .same { color: var(--soft); }
 details { margin-top: 10px; }

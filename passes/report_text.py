@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .report import change, count, decibel, size, worst_of
+from .report import change, count, decibel, in_order, size, worst_of
 
 if TYPE_CHECKING:
     from .report import PassRecord, Report
@@ -19,14 +21,16 @@ DECISIONS = 12
 STYLE = {"exact": "green", "approximate": "yellow", "fresh": "magenta"}
 
 
-def tables(report: Report) -> RenderableType:
-    """The whole report as one renderable: headline, passes, totals, decisions, notes."""
-    parts: list[RenderableType] = [_headline(report), _passes(report), _totals(report)]
+def tables(report: Report, width: int = 118) -> Iterator[RenderableType]:
+    """The whole report, part by part: headline, passes, totals, decisions, notes; narrower below 100 columns."""
+    yield _headline(report)
+    yield _passes(report, wide=width >= 100)
+    yield _totals(report)
     for record in report.passes:
         if record.decisions:
-            parts.append(_decisions(record))
-    parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
-    return Group(*parts)
+            yield _decisions(record)
+    for note in report.notes:
+        yield Text(f"note: {note}", style="yellow")
 
 
 def _headline(report: Report) -> Text:
@@ -36,23 +40,19 @@ def _headline(report: Report) -> Text:
     )
 
 
-def _passes(report: Report) -> Table:
+def _passes(report: Report, wide: bool) -> Table:
     table = Table(title="Passes", title_justify="left", expand=False)
-    for heading in ("pass", "contract", "measured"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("parameters", "bytes", "MACs", "time", "peak memory"):
-        table.add_column(heading, justify="right")
+    table.add_column("pass", no_wrap=True)
+    table.add_column("contract", no_wrap=True)
+    table.add_column("measured", overflow="fold")
+    for heading in ("parameters", "bytes", "MACs", "time", "peak memory") if wide else ("bytes", "MACs", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for r in report.passes:
-        table.add_row(
-            r.name,
-            Text(r.contract, style=STYLE.get(r.contract, "")),
-            r.verdict,
-            change(r.before.parameters, r.after.parameters),
-            change(r.before.bytes, r.after.bytes),
-            change(r.before.macs, r.after.macs),
-            f"{r.seconds:.2f} s",
-            "" if r.peak_bytes is None else size(r.peak_bytes),
-        )
+        a, b = r.before, r.after
+        memory = "" if r.peak_bytes is None else size(r.peak_bytes)
+        row = [change(a.bytes, b.bytes), change(a.macs, b.macs), f"{r.seconds:.2f} s"]
+        row = [change(a.parameters, b.parameters), *row, memory] if wide else row
+        table.add_row(r.name, Text(r.contract, style=STYLE.get(r.contract, "")), escape(r.verdict), *row)
     return table
 
 
@@ -77,8 +77,8 @@ def _decisions(record: PassRecord) -> Table:
     table = Table(title=f"{record.name}: decisions", title_justify="left", expand=False)
     for heading in ("subject", "action", "reason"):
         table.add_column(heading, overflow="fold")
-    for d in record.decisions[:DECISIONS]:
-        table.add_row(d.subject, d.action, d.reason)
+    for d in in_order(record.decisions)[:DECISIONS]:
+        table.add_row(escape(d.subject), escape(d.action), escape(d.reason))
     left = len(record.decisions) - DECISIONS
     if left > 0:
         table.caption = f"and {left} more: report.explain(NAME), or the HTML page"
