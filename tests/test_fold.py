@@ -25,10 +25,10 @@ RTOL = 1e-5
 
 
 def fold(graph: Graph) -> tuple[Graph, list[Decision]]:
-    """A folded clone and what was decided."""
+    """A folded clone and what was decided about the norms."""
     after = graph.clone()
     outcome = Fold().apply(after, Context())
-    return after, outcome.decisions
+    return after, [d for d in outcome.decisions if d.action != "stored"]
 
 
 def assert_same(before: Graph, after: Graph, inputs: dict[str, np.ndarray]) -> None:
@@ -307,6 +307,24 @@ def test_statistics_computed_at_run_time_are_refused() -> None:
     assert "mean is not a constant" in decision.reason
 
 
+class PlainProduct(nn.Module):
+    """A matrix product with a parameter, a vector added behind it, and a norm."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.matrix, self.norm = nn.Parameter(torch.zeros(5, 7)), nn.BatchNorm1d(7)
+        self.vector = nn.Parameter(torch.zeros(7)) if added else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.matrix
+        return self.norm(y if self.vector is None else y + self.vector)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_plain_matrix_product_absorbs_a_norm(added: bool) -> None:
+    check_torch(fill(PlainProduct(added)), torch.randn(3, 5))
+
+
 class TiedBias(nn.Module):
     """Two convolutions share one bias; only one has a norm behind it."""
 
@@ -385,6 +403,42 @@ def test_matmul_takes_a_bias() -> None:
     after, (decision,) = fold(before)
     assert decision.action == "folded" and decision.data["bias"] == {"matmul": "created"}
     assert_same(before, after, {"x": rng.normal(size=(3, 5)).astype(np.float32)})
+
+
+@pytest.mark.parametrize("after", [True, False], ids=["after", "before"])
+def test_a_bias_added_behind_a_matmul_is_its_bias(after: bool) -> None:
+    rng = np.random.default_rng(8)
+    weights = {"w": rng.normal(size=(5, 5)), "b": rng.normal(size=(1, 5)), **statistics(5)}
+    product = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], "matmul"),
+        helper.make_node("Add", ["b", "p"], ["h"], "add"),
+    ]
+    norm = helper.make_node("BatchNormalization", ["h", "s", "o", "m", "v"], ["y"], "norm")
+    if not after:
+        norm.input[0], norm.output[0], product[0].input[0], product[1].output[0] = "x", "h", "h", "y"
+    before = load(onnx_model([*product, norm] if after else [norm, *product], weights, x=[3, 5]))
+    folded, (decision,) = fold(before)
+    assert decision.action == "folded" and decision.data["bias"] == {"mm": "updated"}
+    assert [node.op for node in folded.nodes] == ["linear", "add"]
+    assert_same(before, folded, {"x": rng.normal(size=(3, 5)).astype(np.float32)})
+
+
+def test_operands_computed_from_constants_are_stored_and_their_nodes_go() -> None:
+    """What exporters write for a convolution without bias: zeros cast and expanded to the weight's first size."""
+    rng = np.random.default_rng(9)
+    nodes = [
+        helper.make_node("Shape", ["w"], ["n"], "size", start=0, end=1),
+        helper.make_node("CastLike", ["zero", "x"], ["z"], "cast"),
+        helper.make_node("Expand", ["z", "n"], ["b"], "zeros"),
+        helper.make_node("Conv", ["x", "w", "b"], ["h"], "conv"),
+        helper.make_node("BatchNormalization", ["h", "s", "o", "m", "v"], ["y"], "norm"),
+    ]
+    weights = {"w": rng.normal(size=(4, 3, 1, 1)), "zero": np.zeros(()), **statistics(4)}
+    before = load(onnx_model(nodes, weights, x=[2, 3, 5, 5]))
+    after, (decision,) = fold(before)
+    assert decision.action == "folded"
+    assert [node.op for node in after.nodes] == ["conv"]
+    assert_same(before, after, {"x": rng.normal(size=(2, 3, 5, 5)).astype(np.float32)})
 
 
 def test_training_mode_is_refused() -> None:

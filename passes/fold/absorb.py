@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...graph.ir import Graph, Node, Weight
+from ...graph.errors import ConstraintError
+from ...graph.ir import Graph, Node, Value, Weight
 from .affine import Affine, Refusal
-
-LINEAR_OPS = ("conv", "linear")
+from .operands import BiasSlot, bias_slot, channel_axis, channels, groups, inputs_first, stored_weight
 
 
 @dataclass(eq=False)
@@ -23,23 +23,24 @@ class Absorbed:
 
     Attributes:
         stored: the weight it replaces.
+        slot: where the bias is or goes.
         weight: float64, in the layout of ``stored``.
         bias: float64 [out], or None where the bias (or its absence) stays.
     """
 
     node: Node
     stored: Weight
+    slot: BiasSlot
     weight: np.ndarray
     bias: np.ndarray | None
 
     def cast(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Weight and bias in the dtypes they are stored in; a new bias takes the weight's."""
         dtype = self.stored.numpy().dtype
-        old = self.node.input(2)
-        old_data = None if old is None else old.const()
+        old = None if self.slot.value is None or self.slot.value.weight is None else self.slot.value.const()
         with np.errstate(over="ignore"):
             weight = self.weight.astype(dtype)
-            bias = None if self.bias is None else self.bias.astype(dtype if old_data is None else old_data.dtype)
+            bias = None if self.bias is None else self.bias.astype(dtype if old is None else old.dtype)
         return weight, bias
 
     def fits(self) -> bool:
@@ -47,167 +48,115 @@ class Absorbed:
         return all(np.isfinite(data.astype(np.float64)).all() for data in self.cast() if data is not None)
 
 
-def out_axis(node: Node) -> int | Refusal:
-    """The axis of the output on which the operator writes its channels."""
-    rank = node.output.rank
-    if rank is None:
-        return Refusal("the rank of its output is unknown", node.name)
-    return rank - 1 if node.op == "linear" else rank - 1 - _spatial(node)
-
-
-def in_axis(node: Node) -> int | Refusal:
-    """The axis of operand 0 that the operator contracts."""
-    data = node.inputs[0]
-    if data is None or data.rank is None:
-        return Refusal("the rank of its input is unknown", node.name)
-    return data.rank - 1 if node.op == "linear" else data.rank - 1 - _spatial(node)
-
-
 def absorb_after(node: Node, affine: Affine) -> Absorbed | Refusal:
     """``affine`` acts on the output of ``node``: scale the rows of the weight, scale and shift the bias."""
-    axis = out_axis(node)
-    if isinstance(axis, Refusal):
-        return axis
-    if axis != affine.axis:
-        return Refusal(f"it acts on axis {affine.axis}, {node.name} writes its channels on axis {axis}", node.name)
-    operands = _operands(node)
-    if isinstance(operands, Refusal):
-        return operands
-    stored, bias, (_, beta) = operands
+    found = _matching(node, node.output, affine, side=1, verb="writes its channels on")
+    if isinstance(found, Refusal):
+        return found
+    stored, slot, _, beta = found
     weight = stored.numpy().astype(np.float64)
-    out = _out_channels(node, weight)
-    if affine.size != out:
-        return Refusal(f"it has {affine.size} channels, {node.name} makes {out}", node.name)
-    scaled = _scale_out(node, weight, affine.scale)
-    if bias is None and not affine.has_shift:
-        return Absorbed(node, stored, scaled, None)
-    old = np.zeros(out) if bias is None else np.broadcast_to(bias, (out,))
-    return Absorbed(node, stored, scaled, affine.scale * old + affine.shift / beta)
+    scaled = _times_out(node, weight, affine.scale)
+    if slot.value is None and not affine.has_shift:
+        return Absorbed(node, stored, slot, scaled, None)
+    bias = affine.scale * slot.data(affine.size) + affine.shift / beta
+    return Absorbed(node, stored, slot, scaled, bias)
 
 
 def absorb_before(node: Node, affine: Affine) -> Absorbed | Refusal:
     """``affine`` acts on operand 0 of ``node``: scale the columns of the weight, add the weight times the shift."""
-    axis = in_axis(node)
-    if isinstance(axis, Refusal):
-        return axis
-    if axis != affine.axis:
-        return Refusal(f"it acts on axis {affine.axis}, {node.name} contracts axis {axis}", node.name)
+    found = _matching(node, node.inputs[0], affine, side=0, verb="contracts")
+    if isinstance(found, Refusal):
+        return found
     if affine.has_shift and (border := _border(node)):
         return Refusal(border, node.name)
-    operands = _operands(node)
-    if isinstance(operands, Refusal):
-        return operands
-    stored, bias, (alpha, beta) = operands
+    stored, slot, alpha, beta = found
     weight = stored.numpy().astype(np.float64)
-    if affine.size != (channels := _in_channels(node, weight)):
-        return Refusal(f"it has {affine.size} channels, {node.name} reads {channels}", node.name)
-    scaled = _scale_in(node, weight, affine.scale)
+    scaled = _times_in(node, weight, affine.scale)
     if not affine.has_shift:
-        return Absorbed(node, stored, scaled, None)
-    constant = _sum_taps(node, _scale_in(node, weight, affine.shift))
-    old = np.zeros(len(constant)) if bias is None else np.broadcast_to(bias, constant.shape)
-    return Absorbed(node, stored, scaled, old + constant * (alpha / beta))
+        return Absorbed(node, stored, slot, scaled, None)
+    constant = _sum_taps(node, _times_in(node, weight, affine.shift))
+    return Absorbed(node, stored, slot, scaled, slot.data(len(constant)) + constant * (alpha / beta))
 
 
 def write(graph: Graph, new: Absorbed) -> str:
     """Cast once and store; says what became of the bias (``"kept"``, ``"updated"``, ``"created"``, ``"untied"``)."""
     weight, bias = new.cast()
-    stored, old = new.stored, new.node.input(2)
-    outcome = "kept"
-    if bias is not None and old is not None and old.weight is not None and len(old.uses) == 1:
-        graph.set_weight(old.weight, bias)
-        outcome = "updated"
-    elif bias is not None:
-        name = stored.name.removesuffix("weight") + "bias" if stored.name.endswith("weight") else stored.name + "_bias"
-        graph.set_input(new.node, 2, graph.add_weight(name, bias, trainable=stored.trainable))
-        outcome = "created" if old is None else "untied"
-    graph.set_weight(stored, weight)
+    outcome = "kept" if bias is None else _write_bias(graph, new, bias)
+    graph.set_weight(new.stored, weight)
     return outcome
 
 
-# ---- operands ------------------------------------------------------------------------------------------------
-def _stored(node: Node) -> Weight | Refusal:
-    """The weight of a linear operator, if this operator alone uses it."""
-    value = node.input(1)
-    if value is None or value.weight is None:
-        return Refusal(f"the weight of {node.name} is computed at run time", node.name)
-    if value.is_output or any(user is not node or position != 1 for user, position in value.uses):
-        return Refusal(f"the weight {value.weight.name} is tied: another operator reads it too", node.name)
-    if len({alias for alias in value.weight.aliases if alias}) > 1:
-        return Refusal(f"the weight is tied under the names {', '.join(value.weight.aliases)}", node.name)
-    if value.dtype not in ("float16", "bfloat16", "float32", "float64"):
-        return Refusal(f"the weight of {node.name} is stored as {value.dtype}", node.name)
-    return value.weight
+def _write_bias(graph: Graph, new: Absorbed, bias: np.ndarray) -> str:
+    node, slot, stored = new.node, new.slot, new.stored
+    axis, rank = channel_axis(node, node.output), node.output.rank
+    assert isinstance(axis, int) and rank is not None
+    shaped = slot.shaped(bias, axis, rank)
+    old = None if slot.value is None else slot.value.weight
+    if slot.value is not None and old is not None and len(slot.value.uses) == 1 and len(old.aliases) <= 1:
+        graph.set_weight(old, shaped)
+        return "updated"
+    name = stored.name.removesuffix("weight") + "bias" if stored.name.endswith("weight") else stored.name + "_bias"
+    value = graph.add_weight(name, shaped, trainable=stored.trainable)
+    try:
+        graph.set_input(slot.holder, slot.position, value)
+    except ConstraintError:  # a plain matrix product has no bias operand
+        added = graph.insert("add", [node.output, value], name=f"{node.name}_bias", after=node, scope=node.scope)
+        graph.replace_uses(node.output, added.output, except_nodes=[added])
+    return "created" if slot.value is None else "untied"
 
 
-def _operands(node: Node) -> tuple[Weight, np.ndarray | None, tuple[float, float]] | Refusal:
-    """The weight, the bias in float64 (flat, [out] or [1]), and the factors (alpha, beta) of a Gemm."""
-    stored = _stored(node)
+def _matching(
+    node: Node, value: Value | None, affine: Affine, side: int, verb: str
+) -> tuple[Weight, BiasSlot, float, float] | Refusal:
+    """Weight, bias and Gemm's factors (alpha, beta), if the map acts on the channels of that side (0 in, 1 out)."""
+    axis = channel_axis(node, value)
+    if isinstance(axis, Refusal):
+        return axis
+    if axis != affine.axis:
+        return Refusal(f"it acts on axis {affine.axis}, {node.name} {verb} axis {axis}", node.name)
+    stored = stored_weight(node)
     if isinstance(stored, Refusal):
         return stored
+    sizes = channels(node, stored.shape)
+    if affine.size != sizes[side]:
+        return Refusal(f"it has {affine.size} channels, {node.name} has {sizes[side]}", node.name)
+    slot = bias_slot(node, sizes[1])
+    if isinstance(slot, Refusal):
+        return slot
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
-    bias = None
-    if (value := node.input(2)) is not None:
-        data = value.const()
-        if data is None:
-            return Refusal(f"the bias of {node.name} is computed at run time", node.name)
-        if any(length != 1 for length in data.shape[:-1]):
-            return Refusal(f"the bias of {node.name} differs between rows", node.name)
-        bias = data.astype(np.float64).reshape(-1)
+    if slot.holder is not node:
+        beta = 1.0
     if beta == 0.0:
         return Refusal(f"{node.name} multiplies its bias by zero", node.name)
-    return stored, bias, (alpha, beta)
+    return stored, slot, alpha, beta
 
 
-def _spatial(node: Node) -> int:
-    """Number of spatial axes of a convolution."""
-    return len(node.attrs["stride"])
-
-
-def _groups(node: Node) -> int:
-    return int(node.attrs.get("groups", 1))
-
-
-def _transposed(node: Node) -> bool:
-    """Whether the weight holds its input channels first."""
-    return bool(node.attrs.get("transposed_weight" if node.op == "linear" else "transposed"))
-
-
-def _out_channels(node: Node, weight: np.ndarray) -> int:
-    if _transposed(node):
-        return weight.shape[1] * _groups(node) if node.op == "conv" else weight.shape[1]
-    return weight.shape[0]
-
-
-def _in_channels(node: Node, weight: np.ndarray) -> int:
-    if _transposed(node):
-        return weight.shape[0]
-    return weight.shape[1] * _groups(node) if node.op == "conv" else weight.shape[1]
-
-
+# ---- the algebra, per group and tap ----------------------------------------------------------------------------
 def _by_group(node: Node, weight: np.ndarray) -> np.ndarray:
     """A weight as [groups, first / groups, second, taps]; a linear has one group and one tap."""
-    groups = _groups(node) if node.op == "conv" else 1
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    g = groups(node)
+    return weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1)
 
 
-def _scale_out(node: Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _times_out(node: Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     split = _by_group(node, weight)
-    per_group = scale.reshape(split.shape[0], -1)
-    factor = per_group[:, None, :, None] if _transposed(node) else per_group[:, :, None, None]
-    return (split * factor).reshape(weight.shape)
+    factor = scale.reshape(split.shape[0], -1)
+    return (split * (factor[:, None, :, None] if inputs_first(node) else factor[:, :, None, None])).reshape(
+        weight.shape
+    )
 
 
-def _scale_in(node: Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _times_in(node: Node, weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
     split = _by_group(node, weight)
-    per_group = scale.reshape(split.shape[0], -1)
-    factor = per_group[:, :, None, None] if _transposed(node) else per_group[:, None, :, None]
-    return (split * factor).reshape(weight.shape)
+    factor = scale.reshape(split.shape[0], -1)
+    return (split * (factor[:, :, None, None] if inputs_first(node) else factor[:, None, :, None])).reshape(
+        weight.shape
+    )
 
 
 def _sum_taps(node: Node, weight: np.ndarray) -> np.ndarray:
     """[out]: the sum of a weight over input channels and taps."""
-    return _by_group(node, weight).sum(axis=(1, 3) if _transposed(node) else (2, 3)).reshape(-1)
+    return _by_group(node, weight).sum(axis=(1, 3) if inputs_first(node) else (2, 3)).reshape(-1)
 
 
 def _border(node: Node) -> str:

@@ -8,8 +8,10 @@ from typing import ClassVar
 from ...graph.ir import Graph, Node, Value
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from . import travel
-from .absorb import LINEAR_OPS, Absorbed, absorb_after, absorb_before, write
+from .absorb import Absorbed, absorb_after, absorb_before, write
 from .affine import Affine, Refusal, affine_of
+from .constants import materialize
+from .operands import LINEAR_OPS, bias_slot, channels
 
 Plan = tuple[str, list[Absorbed]]
 
@@ -33,15 +35,17 @@ class Fold(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Fold what can be folded, in topological order; the graph's function stays the same to float tolerance."""
-        decisions: list[Decision] = []
+        decisions = materialize(graph, ctx)
+        stored = len(decisions)
         captured = {id(v) for node in graph.nodes for v in node.captured}
         norms = [node for node in graph.nodes if node.op == "batch_norm"]
         for node in ctx.progress(norms, "folding"):
             decisions.append(self._fold(graph, node, captured))
         folded = sum(d.action == "folded" for d in decisions)
-        if folded:
+        if folded or stored:
             graph.refresh()
-        return Outcome(decisions=decisions, details={"folded": folded, "refused": len(decisions) - folded})
+        refused = len(norms) - folded
+        return Outcome(decisions=decisions, details={"folded": folded, "refused": refused, "stored": stored})
 
     def _fold(self, graph: Graph, node: Node, captured: set[int]) -> Decision:
         affine = affine_of(node)
@@ -57,6 +61,8 @@ class Fold(Pass):
             plan = behind
         side, absorbed = plan
         biases = {new.node.name: write(graph, new) for new in absorbed}
+        source = node.inputs[0]  # an addition may now stand behind the operator
+        assert source is not None
         graph.replace_uses(node.output, source)
         graph.erase(node)
         into = ", ".join(biases)
@@ -79,12 +85,28 @@ def _into_producer(value: Value, reader: Node, affine: Affine, captured: set[int
         if producer.op in LINEAR_OPS:
             new = absorb_after(producer, affine)
             return new if isinstance(new, Refusal) else _checked("before", [new])
+        if (biased := _biased(producer)) is not None:
+            value, reader = biased, producer
+            continue
         moved = travel.backward(producer, affine)
         if isinstance(moved, Refusal):
             return moved
         above = producer.inputs[0]
         assert above is not None
         value, reader, affine = above, producer, moved
+
+
+def _biased(node: Node) -> Value | None:
+    """The output of the linear operator whose bias this addition holds, if it is one."""
+    for value in node.inputs if node.op == "add" else ():
+        above = None if value is None else value.producer
+        if above is not None and above.op in LINEAR_OPS and above.input(1) is not None:
+            weight = above.inputs[1].weight if above.inputs[1] is not None else None
+            if weight is not None:
+                slot = bias_slot(above, channels(above, weight.shape)[1])
+                if not isinstance(slot, Refusal) and slot.holder is node:
+                    return above.output
+    return None
 
 
 def _into_consumers(node: Node, affine: Affine, captured: set[int]) -> Plan | Refusal:
