@@ -59,16 +59,20 @@ def _who_establishes(fact: str) -> list[str]:
 
 def legal_order(passes: Sequence[Pass], start: frozenset[str] = START) -> list[Pass] | None:
     """The first legal order in a search that keeps passes as early as they were given; None if there is none."""
-    dead: set[tuple[frozenset[int], frozenset[str]]] = set()
+    kinds = [(p.requires, p.establishes, p.invalidates) for p in passes]
+    ids = [kinds.index(kind) for kind in kinds]  # passes of one kind are interchangeable: only the first is tried
+    dead: set[tuple[tuple[int, ...], frozenset[str]]] = set()
 
     def search(left: tuple[int, ...], facts: frozenset[str]) -> list[Pass] | None:
         if not left:
             return []
-        state = (frozenset(left), facts)
+        state = (tuple(sorted(ids[i] for i in left)), facts)
         if state in dead:
             return None
+        tried: set[int] = set()
         for i in left:
-            if passes[i].requires <= facts:
+            if ids[i] not in tried and passes[i].requires <= facts:
+                tried.add(ids[i])
                 rest = search(tuple(j for j in left if j != i), after(facts, passes[i]))
                 if rest is not None:
                     return [passes[i], *rest]
