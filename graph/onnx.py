@@ -258,7 +258,7 @@ class ONNXGraph(Graph):
         if self.dirty or self.moved:
             self.refresh()
         if self.form == "proto":
-            return ir.serde.serialize_model(self.model)
+            return onnx_native.serialize(self.model)
         return self.model.clone()
 
     # ---- running -------------------------------------------------------------------------------------------

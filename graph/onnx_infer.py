@@ -24,7 +24,7 @@ def from_whole_model(table: ShapeTable) -> Found:
 
     worlds = []
     for world in (0, 1):
-        proto = ir.serde.serialize_model(_skeleton(table, world))
+        proto = native.serialize(native.inline(_skeleton(table, world)))
         try:
             inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
         except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
@@ -51,7 +51,10 @@ def _skeleton(table: ShapeTable, world: int) -> ir.Model:
         for old, new in zip(node_old.outputs, node_new.outputs, strict=True):
             info = table.info.get(old)
             sizes = None if info is None else (info.b if world else info.a)
-            new.shape = None if sizes is None else ir.Shape(sizes)
+            known = info is not None and sizes is not None and bool(info.dtype)
+            new.shape = ir.Shape(sizes) if known and sizes is not None else None
+            if known and info is not None:
+                new.type = ir.TensorType(native.dtype_of(info.dtype))
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > BIG:

@@ -46,7 +46,7 @@ def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.initializer):
         raise ModelFileError("not an ONNX model: it holds no graph", value=where, hint="export or download it again")
     try:
-        model = ir.serde.deserialize_model(proto)
+        model = native.deserialize(proto)
     except Exception as error:  # onnx_ir wraps what it meets in an error class of each kind
         cause = error.__cause__ or error
         raise ModelFileError("the ONNX model cannot be read", value=where, found=str(cause).strip()[:300]) from error
@@ -54,7 +54,19 @@ def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:
         for graph in model.graphs():
             ir.external_data.set_base_dir(graph, os.path.dirname(os.path.abspath(path)))
     _check_external(model, where)
+    _check_wiring(model, where)
     return model
+
+
+def _check_wiring(model: ir.Model, where: str) -> None:
+    """Every operand of the main graph must be made by something."""
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.producer() is None and value.graph is not model.graph:
+                raise ModelFileError(
+                    "a node reads a value that nothing makes", node=node.name or node.op_type, value=value.name,
+                    expected="a graph input, an initializer or the output of a node", found=f"neither, in {where}",
+                )  # fmt: skip
 
 
 def _check_external(model: ir.Model, where: str) -> None:
@@ -119,7 +131,13 @@ def bind(batch: Any, graph: ir.Graph) -> dict[str, np.ndarray]:
     missing = [n for n in required if n not in bound]
     if missing:
         raise ConstraintError("a graph input is missing", value=missing[0], expected=required, found=list(bound))
-    return {name: _array(value, next(v for v in graph.inputs if v.name == name)) for name, value in bound.items()}
+    for name in names:
+        if name not in bound:  # an input with a default: the caller did not override it
+            tensor = graph.initializers[name].const_value
+            assert tensor is not None
+            bound[name] = tensor.numpy()
+    specs = {v.name: v for v in graph.inputs}
+    return {name: _array(bound[name], specs[name]) for name in names}
 
 
 def _arguments(batch: Any, names: list[str]) -> tuple[list[Any], dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
@@ -105,3 +106,47 @@ def captures(node: ir.Node, outer: ir.Graph) -> list[ir.Value]:
     for graph in subgraphs(node):
         visit(graph)
     return list(found)
+
+
+DECLARED = "foldline.declared_initializers"
+"""Key in a graph's ``meta``: initializers whose type the file also declares, so that writing repeats exactly these."""
+
+
+def inline(model: ir.Model, limit: int | None = None) -> ir.Model:
+    """Hold stored tensors (up to ``limit`` bytes) in the model itself; the tensors of its clones are left alone."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and (limit is None or tensor.nbytes <= limit):
+                value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+    return model
+
+
+def serialize(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto; onnx_ir declares the type of every initializer, the file keeps those it had."""
+    proto = ir.serde.serialize_model(model)
+    declared = model.graph.meta.get(DECLARED)
+    if declared is not None:
+        pending = [proto.graph]
+        while pending:
+            graph = pending.pop()
+            stored = {t.name for t in graph.initializer} - declared
+            kept = [v for v in graph.value_info if v.name not in stored]
+            if len(kept) != len(graph.value_info):
+                del graph.value_info[:]
+                graph.value_info.extend(kept)
+            pending += [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+    return proto
+
+
+def deserialize(proto: onnx.ModelProto) -> ir.Model:
+    """The inverse of :func:`serialize`."""
+    model = ir.serde.deserialize_model(proto)
+    declared: set[str] = set()
+    pending = [proto.graph]
+    while pending:
+        graph = pending.pop()
+        declared |= {t.name for t in graph.initializer} & {v.name for v in graph.value_info}
+        pending += [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+    model.graph.meta[DECLARED] = frozenset(declared)
+    return model

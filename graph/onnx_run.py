@@ -68,11 +68,11 @@ class Session:
         for attempt in (0, 1):
             try:
                 if inline:
-                    source: Any = ir.serde.serialize_model(ir.external_data.load_to_model(model)).SerializeToString()
+                    source: Any = native.serialize(native.inline(model)).SerializeToString()
                 else:
                     self._folder = tempfile.TemporaryDirectory(prefix="foldline-")
                     source = str(Path(self._folder.name) / "model.onnx")
-                    ir.save(model, source, external_data="model.onnx.data")
+                    ir.save(native.inline(model, 256), source, external_data="model.onnx.data")
                 return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises classes of its own that share only this base
                 limit = re.search(r"max supported IR version:? *(\d+)", str(error))

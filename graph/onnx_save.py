@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
+from . import onnx_native
 from .errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def save_onnx(model: ONNXGraph | ir.Model | onnx.ModelProto, path: str | Path, *
         raise ModelFileError("the folder cannot be written", value=str(path.parent), found=str(error)) from error
     try:
         target = folder / path.name
+        copy = onnx_native.inline(native.clone(), SMALL if external else None)
         if external:
-            ir.save(native.clone(), target, external_data=data_name, size_threshold_bytes=SMALL)
-        else:
-            ir.save(ir.external_data.load_to_model(native.clone()), target)
+            ir.external_data.unload_from_model(copy, folder, data_name, size_threshold_bytes=SMALL)
+        onnx.save(onnx_native.serialize(copy), target)
         if external and (folder / data_name).exists():
             os.replace(folder / data_name, path.parent / data_name)
         os.replace(target, path)
@@ -68,7 +69,7 @@ def _as_ir(model: ONNXGraph | ir.Model | onnx.ModelProto) -> ir.Model:
     if isinstance(model, ir.Model):
         return model
     if isinstance(model, onnx.ModelProto):
-        return ir.serde.deserialize_model(model)
+        return onnx_native.deserialize(model)
     if model.dirty or model.moved:
         model.refresh()
     return model.model
