@@ -62,10 +62,11 @@ def _from_file(path: Path, text: str) -> Any:
         raise ConfigError("there is no such Python file", node=text, value=str(path))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    loader, module = spec.loader, importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # so that its classes can be pickled under their name
     sys.path.insert(0, str(path.resolve().parent))
-    return _imported(lambda: spec.loader.exec_module(module) or module, text)  # type: ignore[union-attr]
+    _imported(lambda: loader.exec_module(module), text)
+    return module
 
 
 def _from_path(name: str, text: str) -> Any:

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..graph.errors import ConfigError, FoldlineError
+from ..graph.actions import Plan
+from ..graph.errors import ConfigError, ConstraintError, FoldlineError
 from ..graph.ir import Graph
 from ..graph.version import VERSION
 from . import config
@@ -18,7 +19,7 @@ from .checks import Inputs, Measurement, check_graph, measure
 from .inplace import is_module, put
 from .meter import Meter
 from .order import START, after, check_order
-from .plan import compose, sizes
+from .plan import complete, compose, sizes
 from .report import CostSummary, PassRecord, Report
 from .result import Result
 
@@ -140,7 +141,8 @@ class Pipeline:
         ctx.original = given
         inputs = Inputs(graph, example_inputs, self.seed, calibration) if verify else None
         report = self._report(model, graph, start, verify)
-        plans, artifact, cost = [], None, start
+        plans: list[Any] = []
+        artifact, cost, edited_first = None, start, False
         for i, step in enumerate(self.passes):
             new, outcome, record = self._one(i, step, graph, ctx, inputs, cost, rtol)
             graph, cost = new, record.after
@@ -149,6 +151,7 @@ class Pipeline:
             artifact = outcome.artifact if outcome.artifact is not None else artifact
             if outcome.plan is not None:
                 plans.append(outcome.plan)
+            edited_first = edited_first or (not plans and new is not given)
         report.after = cost
         if inputs is not None:
             report.notes += inputs.notes
@@ -156,7 +159,7 @@ class Pipeline:
         result_model = graph.to_model()
         if inplace:
             result_model = put(model, result_model)
-        plan = compose(plans, given) if plans else None
+        plan = self._plan(plans, given, edited_first, report) if plans else None
         return Result(model=result_model, graph=graph, report=report, pipeline=self, plan=plan, artifact=artifact)
 
     def _prepare(self, ctx: Context) -> None:
@@ -221,6 +224,17 @@ class Pipeline:
             selected=sizes(outcome.plan, graph),
         )
         return new, outcome, record
+
+    def _plan(self, plans: list[Any], given: Graph, edited_first: bool, report: Report) -> Plan:
+        """The plans of all passes as one, for the model that came in."""
+        plan = compose(plans, given)
+        if not edited_first:
+            return plan
+        try:
+            return complete(plan, given)
+        except ConstraintError as exc:
+            report.notes.append(f"the plan lists only weights that the selecting pass saw: {exc.message}")
+            return plan
 
     def _report(self, given: Any, graph: Graph, cost: CostSummary, verify: bool) -> Report:
         names = {*graph.weights, *(n.name for n in graph.nodes), *(n.scope for n in graph.nodes if n.scope)}

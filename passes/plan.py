@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..graph.actions import Plan
+from ..graph.actions import Plan, groups_of_plan, select
+from ..graph.groups import axis_groups
 from ..graph.ir import Graph
 
 
@@ -35,6 +36,18 @@ def compose(plans: Iterable[Any], graph: Graph) -> Plan:
     shapes = {name: w.shape for w in graph.weights.values() for name in (w.name, *w.aliases)}
     weights = {n: {a: kept.tolist() for a, kept in axes.items()} for n, axes in joined.items() if n in shapes}
     return Plan(weights, {name: list(shapes[name]) for name in weights})
+
+
+def complete(plan: Plan, graph: Graph) -> Plan:
+    """A plan made after other passes, extended to what they removed from ``graph`` (a folded norm's weights).
+
+    The axis groups of ``graph`` say where else the indices occur.
+
+    Raises:
+        ConstraintError: the axes of ``graph`` do not correspond (an earlier pass merged or reordered them).
+    """
+    groups = axis_groups(graph.clone())
+    return select(groups, groups_of_plan(groups, plan))
 
 
 def sizes(plan: Any, graph: Graph) -> dict[str, dict[int, tuple[int, int]]]:

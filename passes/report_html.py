@@ -102,7 +102,7 @@ def _tiles(report: Report) -> str:
 def bars(report: Report) -> list[tuple[str, float, float, str, str]]:
     """Rows of the chart: label, before, after (any unit, one per row), and both as text."""
     a, b = report.before, report.after
-    rows = [
+    rows: list[tuple[str, float, float, str, str]] = [
         ("Parameters", a.parameters, b.parameters, count(a.parameters), count(b.parameters)),
         ("Stored weights", a.bytes, b.bytes, size(a.bytes), size(b.bytes)),
         ("MACs per sample", a.macs, b.macs, count(a.macs), count(b.macs)),

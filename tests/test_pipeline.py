@@ -323,6 +323,16 @@ def test_module_goes_in_and_comes_out_and_the_callers_stays() -> None:
         torch.testing.assert_close(result.model(x), torch.as_tensor(expected))
 
 
+def test_plan_made_after_folding_also_fits_the_model_that_came_in() -> None:
+    model, x = net()
+    result = fl.Pipeline([P.Fold(), P.Prune(ratio=0.5)]).run(model, x)
+    assert [r.name for r in result.report.passes if r.decisions] == ["fold", "prune"]
+    kept = result.plan.weights["conv.weight"][0]
+    assert len(kept) == 4 and result.plan.weights["norm.running_var"] == {0: kept}
+    pruned = fl.apply_plan(model, result.plan, x)
+    torch.testing.assert_close(pruned(x), result.model(x))
+
+
 def test_inplace_keeps_parameter_objects_and_drops_stale_gradients() -> None:
     model, x = net()
     model(x).sum().backward()
