@@ -56,7 +56,7 @@ def slice_weight(g: ONNXGraph, weight: Weight, kept: dict[int, np.ndarray]) -> N
         return ir.tensor(np.ascontiguousarray(data))
 
     weight_shape = weight.shape
-    lazy = isinstance(source, (ir.ExternalTensor, ir.LazyTensor)) and source.nbytes > LAZY
+    lazy = isinstance(source, ir.LazyTensor) or (isinstance(source, ir.ExternalTensor) and source.nbytes > LAZY)
     tensor = ir.LazyTensor(gather, source.dtype, ir.Shape(shape)) if lazy else gather()
     _assign(g, weight, tensor)
 
