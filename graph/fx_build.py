@@ -48,23 +48,24 @@ def _all_ops() -> set[str]:
     return set(_SIMPLE) | set(_BUILDERS)
 
 
-_SIMPLE: dict[str, tuple[str, str]] = {
-    op: (op, "default")
-    for op in (
-        "relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh softplus erf exp expm1 log log1p sqrt "
-        "rsqrt reciprocal abs neg sign floor ceil sin cos tan asin acos atan sinh cosh asinh acosh atanh square "
-        "logical_not bitwise_not isnan isinf threshold hardshrink softshrink logit nan_to_num leaky_relu round "
-        "matmul maximum minimum atan2 logical_and logical_or logical_xor prelu"
-    ).split()
-} | {
-    op: (op, "Tensor")
-    for op in "sub mul fmod eq ne lt le gt ge bitwise_and bitwise_or bitwise_xor add div".split()
-} | {
-    "logsigmoid": ("log_sigmoid", "default"),
-    "mod": ("remainder", "Tensor"),
-    "floor_div": ("floor_divide", "default"),
-    "where": ("where", "self"),
-}
+_SIMPLE: dict[str, tuple[str, str]] = (
+    {
+        op: (op, "default")
+        for op in (
+            "relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh softplus erf exp expm1 log log1p sqrt "
+            "rsqrt reciprocal abs neg sign floor ceil sin cos tan asin acos atan sinh cosh asinh acosh atanh square "
+            "logical_not bitwise_not isnan isinf threshold hardshrink softshrink logit nan_to_num leaky_relu round "
+            "matmul maximum minimum atan2 logical_and logical_or logical_xor prelu"
+        ).split()
+    }
+    | {op: (op, "Tensor") for op in "sub mul fmod eq ne lt le gt ge bitwise_and bitwise_or bitwise_xor add div".split()}
+    | {
+        "logsigmoid": ("log_sigmoid", "default"),
+        "mod": ("remainder", "Tensor"),
+        "floor_div": ("floor_divide", "default"),
+        "where": ("where", "self"),
+    }
+)
 _SIMPLE_ATTRS: dict[str, dict[str, str]] = {
     "leaky_relu": {"slope": "negative_slope"},
     "gelu": {"approximate": "approximate"},

@@ -1,4 +1,4 @@
-"""Torch operators ``foldline::quantize_linear`` and ``foldline::dequantize_linear``: ONNX Q/DQ semantics in an fx graph."""
+"""Torch operators foldline::quantize_linear and foldline::dequantize_linear: ONNX Q/DQ semantics in an fx graph."""
 
 from __future__ import annotations
 

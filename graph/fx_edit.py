@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,24 +13,17 @@ from .errors import ConstraintError
 from .fx_build import build_call
 from .fx_ops import Call, dtype_name, native_name, read, tensor_operands
 from .fx_propagate import meta_of, propagate, sync_baked_sizes
+from .fx_tensors import from_numpy
+from .fx_view import FXView
 from .ir import Node, Value, Weight
 
-if TYPE_CHECKING:
-    from .fx import FXGraph
 
-    Base = FXGraph
-else:
-    Base = object
-
-
-class FXEdits(Base):
-    """Mixin with the edit methods of ``ir.Graph`` for the FX front end."""
+class FXEdits(FXView):
+    """The edit methods of ``ir.Graph`` for the FX front end."""
 
     # ---- weights ---------------------------------------------------------------------------------------------
     def set_weight(self, weight: Weight, data: np.ndarray) -> None:
         """See Graph.set_weight. Stays on the weight's device; a parameter keeps ``requires_grad``."""
-        from .fx import from_numpy
-
         old = self.tensors[weight.name]
         self._put_tensor(weight, from_numpy(data).to(old.device))
 
@@ -70,12 +62,8 @@ class FXEdits(Base):
 
     def add_weight(self, name: str, data: np.ndarray, *, trainable: bool = False) -> Value:
         """See Graph.add_weight. A trainable tensor becomes a parameter, any other a buffer."""
-        from .fx import from_numpy
-
         taken = {a for w in self.weights.values() for a in w.aliases} | set(self.values)
-        if self.source.module is not None:
-            taken |= {n for n, _ in self.source.module.named_parameters(remove_duplicate=False)}
-            taken |= {n for n, _ in self.source.module.named_buffers(remove_duplicate=False)}
+        taken |= {n for n, _ in self.state_tensors()}
         unique, k = name, 1
         while unique in taken:
             k += 1
@@ -136,22 +124,6 @@ class FXEdits(Base):
                 v.uses.append((node, i))
 
     # ---- wiring ----------------------------------------------------------------------------------------------
-    def fx_value(self, value: Value) -> Any:
-        """What stands for a canonical value in an fx call: an fx node, or a Python number for a literal."""
-        if value.native is not None:
-            return value.native
-        if value.literal is not None:
-            return value.literal.item()
-        producer = value.producer
-        if producer is None:
-            raise ConstraintError("the value does not belong to this graph", value=value.name)
-        with self.fx.inserting_after(producer.native):
-            made = self.fx.call_function(operator.getitem, (producer.native, value.index))
-        made.meta = {**producer.native.meta, "val": producer.native.meta["val"][value.index]}
-        value.native = made
-        self._value_of[made] = value
-        return made
-
     def set_input(self, node: Node, position: int, value: Value | None) -> None:
         """See Graph.set_input."""
         call, spec = Call(node.native), read(node.native)

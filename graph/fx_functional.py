@@ -66,7 +66,8 @@ class Pure:
         if not make_functional(graph):
             program = program.run_decompositions({})
             self.notes.append(
-                "in-place operations on views: batch norm and dropout are fixed in eval mode in the captured graph"
+                "in-place operations on views, or autocast regions: batch norm and dropout are fixed in eval mode in "
+                "the captured graph"
             )
             self.tensors, self.submodules = {}, {}
             graph = self._build(program)
@@ -152,17 +153,15 @@ def inline(
     def get(x: Any) -> Any:
         return fx.node.map_arg(x, held)
 
-    def pick(index: int, seq: Any) -> Any:
-        return seq[index]
-
-    for node in gm.graph.nodes:
+    body_graph: fx.Graph = gm.graph  # type: ignore[assignment]
+    for node in body_graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
             out = node.args[0]
             results = [get(x) for x in (out if isinstance(out, (tuple, list)) else (out,))]
             continue
-        if node.op == "get_attr":
+        if node.op == "get_attr":  # a subgraph; it is opened below or kept by ``held``
             sub = _attribute(gm, str(node.target))
             env[node] = sub
             if isinstance(sub, torch.Tensor):
@@ -171,8 +170,8 @@ def inline(
         name = packet(node)
         if name in _ASSERTS or name.endswith("_guards_fn"):
             continue
-        if node.target is operator.getitem and isinstance(env.get(node.args[0]), list):
-            env[node] = pick(node.args[1], env[node.args[0]])
+        if node.target is operator.getitem and isinstance(opened := env.get(node.all_input_nodes[0]), list):
+            env[node] = opened[node.args[1]]  # type: ignore[index]
             continue
         body = _region(node, env)
         if body is not None:
@@ -200,9 +199,9 @@ def _region(node: fx.Node, env: dict[fx.Node, Any]) -> tuple[Any, list[Any], boo
     """(body, operands, is no_grad) of a wrap_with_set_grad_enabled or a disabled autocast; None for anything else."""
     name = packet(node)
     if name == "higher_order.wrap_with_set_grad_enabled":
-        return env[node.args[1]], list(node.args[2:]), not node.args[0]
+        return env[node.args[1]], list(node.args[2:]), not node.args[0]  # type: ignore[index]
     if name == "higher_order.wrap_with_autocast" and not node.args[2]:
-        return env[node.args[4]], list(node.args[5:]), False
+        return env[node.args[4]], list(node.args[5:]), False  # type: ignore[index]
     return None
 
 
@@ -239,6 +238,8 @@ def make_functional(graph: fx.Graph) -> bool:
     order = {n: i for i, n in enumerate(graph.nodes)}
     classes: dict[fx.Node, set[fx.Node]] = {}
     for node in list(graph.nodes):
+        if packet(node) == "higher_order.wrap_with_autocast":
+            return False  # decomposition spells out the casts
         for source in _aliased_inputs(node):
             group = classes.setdefault(source, {source})
             group.add(node)
@@ -260,7 +261,8 @@ def make_functional(graph: fx.Graph) -> bool:
             if member is not old and any(order[u] > order[node] for u in member.users):
                 return False
         node.target = twin
-        old.replace_all_uses_with(node, delete_user_cb=lambda u, at=order[node]: order[u] > at)
+        for user in [u for u in old.users if order[u] > order[node]]:
+            user.replace_input_with(old, node)
         classes.pop(old, None)
         classes.pop(node, None)
     return True
@@ -271,7 +273,7 @@ def _aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
     if node.op != "call_function":
         return
     if node.target is operator.getitem:
-        yield node.args[0]
+        yield from node.all_input_nodes
         return
     if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
         return
@@ -281,7 +283,7 @@ def _aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
-    """Canonical clutter-free form: unknown composites decomposed, full slices and double getitems gone, dead code out."""
+    """Remove clutter: unknown composites decomposed, full slices and double getitems gone, dead code out."""
     for node in list(graph.nodes):
         if node.op == "call_function" and not known(node):
             decompose(graph, node, known)
@@ -311,11 +313,11 @@ def _is_full_slice(node: fx.Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1
+    return bool(start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1)
 
 
 def _infer_composite_size(node: fx.Node) -> None:
-    """A size like ``batch * heads`` hides a constant in arithmetic; where it is the only such size, write -1 instead."""
+    """A size like ``batch * heads`` hides a constant in arithmetic: write -1 where it is the only such size."""
     sizes = node.args[1]
     if not isinstance(sizes, (list, tuple)) or any(isinstance(s, int) and s == -1 for s in sizes):
         return
@@ -373,7 +375,7 @@ def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], 
                 made.append(new)
     if isinstance(value, (tuple, list)):
         for user in list(node.users):
-            user.replace_all_uses_with(value[user.args[1]])
+            user.replace_all_uses_with(value[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(value)

@@ -11,7 +11,7 @@ from torch import nn
 from .ir import Node
 
 if TYPE_CHECKING:
-    from .fx import FXGraph
+    from .fx_view import FXView
 
 Nodes: TypeAlias = list[Node]
 _UPDATES: list[tuple[tuple[type, ...], Callable[[Any, Nodes], None]]] = []
@@ -25,7 +25,7 @@ def _layer(*types: type) -> Callable[[Callable[[Any, Nodes], None]], Callable[[A
     return register
 
 
-def update_layers(graph: FXGraph, root: nn.Module) -> None:
+def update_layers(graph: FXView, root: nn.Module) -> None:
     """Bring the size attributes of every torch.nn layer in ``root`` in line with its tensors and the graph."""
     by_scope: dict[str, Nodes] = {}
     for node in graph.nodes:
@@ -47,7 +47,12 @@ def _attr(nodes: Nodes, op: str, key: str) -> Any:
 
 def _channels(nodes: Nodes, *ops: str) -> int | None:
     for n in nodes:
-        if n.op in ops and n.output.shape is not None and len(n.output.shape) > 1 and isinstance(n.output.shape[1], int):
+        if (
+            n.op in ops
+            and n.output.shape is not None
+            and len(n.output.shape) > 1
+            and isinstance(n.output.shape[1], int)
+        ):
             return n.output.shape[1]
     return None
 

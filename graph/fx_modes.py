@@ -1,4 +1,4 @@
-"""GraphModule of an FXGraph: state-dict names of the original model, train()/eval() that work, autograd and pickling."""
+"""GraphModule of an FXGraph: the model's state-dict names, train()/eval() that work, autograd and pickling."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from .fx_functional import has_effect, packet
+from .fx_source import scope_of
 
 if TYPE_CHECKING:
-    from .fx import FXGraph
+    from .fx_view import FXView
 
 _DROPOUT = {"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"}
 _RECURRENT = {"aten.lstm", "aten.gru", "aten.rnn_tanh", "aten.rnn_relu"}
@@ -25,7 +26,9 @@ class TracedModule(fx.GraphModule):
         codegen = self.graph._codegen
         assert isinstance(codegen, _PyTreeCodeGen)
         info = codegen.pytree_info
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
+        state = {
+            k: v for k, v in self.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")
+        }
         return _rebuild, (_encode(self.graph), list(info.orig_args), info.in_spec, info.out_spec, state)
 
 
@@ -92,7 +95,7 @@ def _rebuild(nodes: list[tuple[Any, ...]], names: list[str], in_spec: Any, out_s
     return module
 
 
-def graph_module(graph: FXGraph) -> fx.GraphModule:
+def graph_module(graph: FXView) -> fx.GraphModule:
     """The current graph as a GraphModule in eval mode that shares the graph's tensors."""
     native = _copy_graph(graph)
     used = {str(n.target) for n in native.nodes if n.op == "get_attr"}
@@ -102,11 +105,11 @@ def graph_module(graph: FXGraph) -> fx.GraphModule:
     return module
 
 
-def _class_name(graph: FXGraph) -> str:
+def _class_name(graph: FXView) -> str:
     return graph.name if graph.name.isidentifier() else "GraphModule"
 
 
-def _copy_graph(graph: FXGraph) -> fx.Graph:
+def _copy_graph(graph: FXView) -> fx.Graph:
     native = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.fx.nodes:
@@ -117,7 +120,7 @@ def _copy_graph(graph: FXGraph) -> fx.Graph:
     return native
 
 
-def trainable_module(graph: FXGraph, tensors: dict[str, torch.Tensor], extra: dict[str, torch.Tensor]) -> fx.GraphModule:
+def trainable_module(graph: FXView, tensors: dict[str, torch.Tensor], extra: dict[str, torch.Tensor]) -> fx.GraphModule:
     """A GraphModule that stands in for the caller's model.
 
     Args:
@@ -127,17 +130,17 @@ def trainable_module(graph: FXGraph, tensors: dict[str, torch.Tensor], extra: di
 
     Batch norm, dropout and recurrent calls read the ``training`` flag of the submodule they came from.
     """
-    native = _copy_graph(graph)
-    used = {str(n.target) for n in native.nodes if n.op == "get_attr"}
-    everything: dict[str, Any] = {**tensors, **graph.submodules}
-    module = TracedModule({name: everything[name] for name in sorted(used)}, native, _class_name(graph))
-    for name in graph.weights:
-        tensor = tensors[name]
-        names = graph.weights[name].aliases
-        for alias in names if graph.kinds[name] != "constant" else (name,):
-            _assign(module, alias, tensor, graph.is_persistent(alias))
-    for name, tensor in extra.items():
-        _assign(module, name, tensor, graph.is_persistent(name))
+    everything: dict[str, torch.Tensor] = dict(extra)
+    for name, weight in graph.weights.items():
+        for alias in weight.aliases if graph.kinds[name] != "constant" else (name,):
+            everything[alias] = tensors[name]
+    order = {name: i for i, name in enumerate(graph.state_names())}
+    module = TracedModule(nn.Module(), fx.Graph(), _class_name(graph))
+    for name in sorted(everything, key=lambda n: order.get(n, len(order))):
+        _assign(module, name, everything[name], graph.is_persistent(name))
+    for name, body in graph.submodules.items():
+        module.add_module(name, body)
+    module.graph = _copy_graph(graph)
     for node in list(module.graph.nodes):
         _follow_mode(module, node)
     module.recompile()
@@ -179,8 +182,6 @@ def _submodule(root: nn.Module, path: str) -> nn.Module | None:
 
 def _follow_mode(module: fx.GraphModule, node: fx.Node) -> None:
     """Let a mode-dependent call read ``training`` of its scope instead of the constant seen in eval mode."""
-    from .fx import scope_of
-
     name = packet(node) if node.op == "call_function" else ""
     if name in _DROPOUT:
         position = 2

@@ -1,4 +1,4 @@
-"""Writing an edited FXGraph back to the caller's nn.Module class, checked by execution; a GraphModule where that fails."""
+"""Writing an edited FXGraph back to the caller's nn.Module class, checked by execution; else a GraphModule."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .fx_layers import update_layers
 from .fx_modes import trainable_module
 from .fx_patch import Patch, apply_patches, plan_patches
 from .fx_run import interpret
+from .fx_tensors import storage_key
 from .fx_trace import module_tensors, structural_copy, user_line
 from .ir import Node
 
 if TYPE_CHECKING:
-    from .fx import FXGraph
+    from .fx_view import FXView
 
 _MAX_TRIALS = 48
 
 
-def write_back(graph: FXGraph) -> nn.Module:
+def write_back(graph: FXView) -> nn.Module:
     """The edited model: a copy of the caller's module where its class can express the edits, else a GraphModule.
 
     The result shares no tensor with the caller's model. Every candidate is compared with the graph on the example
@@ -60,7 +61,7 @@ class _NotExpressible(Exception):
     """The edits cannot be written into the module tree."""
 
 
-def _owned_tensors(graph: FXGraph) -> dict[str, torch.Tensor]:
+def _owned_tensors(graph: FXView) -> dict[str, torch.Tensor]:
     """Tensors for the result: unchanged ones cloned, changed ones handed over (once; cloned in later calls)."""
     owned: dict[str, torch.Tensor] = {}
     for name, tensor in graph.tensors.items():
@@ -77,27 +78,22 @@ def _clone(t: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(copy, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else copy
 
 
-def _unused(graph: FXGraph) -> dict[str, torch.Tensor]:
+def _unused(graph: FXView) -> dict[str, torch.Tensor]:
     """Copies of the state-dict entries that the graph never used, except in layers whose weights were folded away."""
-    module = graph.source.module
-    assert module is not None
     live = {a for w in graph.weights.values() for a in w.aliases}
     gone = {n.rpartition(".")[0] for n in graph.loaded_names - live}
     kept = {n.rpartition(".")[0] for n in live}
     copies: dict[int, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
-    for pairs in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
-        for name, tensor in pairs:
-            path = name.rpartition(".")[0]
-            if name not in live and name not in graph.loaded_names and (path not in gone or path in kept):
-                found[name] = copies.setdefault(id(tensor), _clone(tensor))
+    for name, tensor in graph.state_tensors():
+        path = name.rpartition(".")[0]
+        if name not in live and name not in graph.loaded_names and (path not in gone or path in kept):
+            found[name] = copies.setdefault(id(tensor), _clone(tensor))
     return found
 
 
-def _restructured(graph: FXGraph, tensors: dict[str, torch.Tensor]) -> nn.Module:
+def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """Copy of the caller's module with the graph's tensors, new biases, identities for removed layers, new sizes."""
-    from .fx import storage_key
-
     module = graph.source.module
     assert module is not None
     by_key = {storage_key(graph.originals[n]): tensors[n] for n in tensors if n in graph.originals}
@@ -109,7 +105,9 @@ def _restructured(graph: FXGraph, tensors: dict[str, torch.Tensor]) -> nn.Module
         if new is None:
             new = fresh.setdefault(place, _clone(tensor))
         if isinstance(tensor, nn.Parameter) != isinstance(new, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new.data
+            new = (
+                nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new.data
+            )
         replace[key] = new
     twin = structural_copy(module, replace)
     added = [n for n in graph.weights if n not in graph.originals]
@@ -123,7 +121,7 @@ def _restructured(graph: FXGraph, tensors: dict[str, torch.Tensor]) -> nn.Module
 _BIAS_OPS = {"conv": 2, "linear": 2}
 
 
-def _place(graph: FXGraph, twin: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _place(graph: FXView, twin: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Register an added weight as the missing bias of the layer that reads it."""
     value = graph.weights[name].value
     assert value is not None
@@ -139,7 +137,7 @@ def _place(graph: FXGraph, twin: nn.Module, name: str, tensor: torch.Tensor) -> 
     raise _NotExpressible(f"the added tensor {name!r} has no place in the module")
 
 
-def _remove_layers(graph: FXGraph, twin: nn.Module) -> None:
+def _remove_layers(graph: FXView, twin: nn.Module) -> None:
     """Replace modules all of whose calls were erased by nn.Identity (or by what is left of their children)."""
     live = {n.name for n in graph.nodes}
     own: dict[str, list[bool]] = {}
@@ -154,7 +152,9 @@ def _remove_layers(graph: FXGraph, twin: nn.Module) -> None:
             parent, module = twin.get_submodule(parent_path), twin.get_submodule(path)
         except AttributeError:
             continue
-        busy = [k for k in module._modules if any(s == f"{path}.{k}" or s.startswith(f"{path}.{k}.") for s in _live(own))]
+        busy = [
+            k for k in module._modules if any(s == f"{path}.{k}" or s.startswith(f"{path}.{k}.") for s in _live(own))
+        ]
         rest = {k: v for k, v in module.named_children() if k in busy}
         setattr(parent, leaf, nn.Sequential(_ordered(rest)) if rest else nn.Identity())
         getattr(parent, leaf).train(module.training)
@@ -190,7 +190,7 @@ def _choices(plan: list[list[list[Patch]]]) -> Iterator[list[Patch]]:
 class _Check:
     """Compares a module with the graph on the example inputs."""
 
-    def __init__(self, graph: FXGraph) -> None:
+    def __init__(self, graph: FXView) -> None:
         self.graph = graph
         generator = torch.Generator().manual_seed(0)
         args, kwargs = graph.source.args, graph.source.kwargs
@@ -250,7 +250,7 @@ def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(torch.allclose(x[finite], y[finite], rtol=tolerance, atol=tolerance * scale + 1e-12))
 
 
-def _small(graph: FXGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _small(graph: FXView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The example call with a dynamic batch narrowed to two."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     holders = [n for n in graph.fx.nodes if n.op == "placeholder"]
@@ -269,7 +269,7 @@ def _lively(t: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(t.shape, generator=generator).to(t)
 
 
-def _randomized(graph: FXGraph, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _randomized(graph: FXView, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Random stand-ins for weights that hold one value only (zero biases, unit scales)."""
     found: dict[str, torch.Tensor] = {}
     for name, t in graph.tensors.items():
@@ -281,7 +281,7 @@ def _randomized(graph: FXGraph, generator: torch.Generator) -> dict[str, torch.T
     return found
 
 
-def _unpatched(graph: FXGraph) -> str:
+def _unpatched(graph: FXView) -> str:
     """Names the first baked size that changed, with its line."""
     for node in graph.nodes:
         record = graph.pristine.get(node.name)
@@ -291,4 +291,3 @@ def _unpatched(graph: FXGraph) -> str:
             if key in ("shape", "sizes", "groups", "ends", "starts", "repeats") and node.attrs.get(key) != old:
                 return f"; {key} {old} -> {node.attrs.get(key)} of {node.name} ({node.location or node.scope})"
     return ""
-

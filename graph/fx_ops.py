@@ -1,4 +1,4 @@
-"""ATen call -> canonical node: the registry, and the accessors that read and write a call's arguments by schema name."""
+"""ATen call -> canonical node: the registry, and access to a call's arguments by schema name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from .fx_functional import packet
 
 Slot: TypeAlias = tuple[str | int, int | None]
 """Where an operand sits in a call: (argument name or position, index inside a list argument)."""
+
+ABSENT: Slot = ("", None)
+"""An operand that the canonical op has and this ATen call has no place for."""
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     getattr(torch, n): n
@@ -37,7 +40,8 @@ class Call:
         self.node = node
         target = node.target
         self.schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
-        self.overload = target._overloadname if isinstance(target, torch._ops.OpOverload) else ""
+        name = target._overloadname if isinstance(target, torch._ops.OpOverload) else ""
+        self.overload = "" if name == "default" else name
         self._position = {a.name: i for i, a in enumerate(self.schema.arguments)} if self.schema else {}
 
     def has(self, name: str) -> bool:
@@ -79,7 +83,7 @@ class Call:
         self.node.kwargs = {k: v for k, v in self.node.kwargs.items() if k not in taken}
 
     def operand(self, slot: Slot) -> Any:
-        item = self.get(slot[0])
+        item = self.get(slot[0]) if slot[0] != "" else None
         if slot[1] is None:
             return item
         return item[slot[1]] if item is not None and slot[1] < len(item) else None
@@ -172,6 +176,16 @@ def list_slots(call: Call, name: str) -> list[Slot]:
     return [(name, i) for i in range(len(call.get(name) or []))]
 
 
+def putter(call: Call, name: str) -> Callable[[Any], None]:
+    """Writer of one plain argument; None keeps what is there."""
+
+    def put(value: Any) -> None:
+        if value is not None:
+            call.put(name, value)
+
+    return put
+
+
 def known(node: fx.Node) -> bool:
     """Does this call have a canonical form (with the arguments it has)?"""
     if node.target is operator.getitem or node.op != "call_function":
@@ -209,7 +223,7 @@ def _opaque(call: Call) -> Spec:
 def _load_families() -> None:
     """Import the family files on first use (they import this one)."""
     if "aten.conv2d" not in _READERS:
-        from . import fx_ops_elementwise, fx_ops_linear, fx_ops_reduce, fx_ops_shape  # noqa: F401
+        from . import fx_ops_elementwise, fx_ops_linear, fx_ops_reduce, fx_ops_shape, fx_ops_sizes  # noqa: F401
 
 
 def native_name(node: fx.Node) -> str:
@@ -228,7 +242,7 @@ def tensor_operands(c: Call) -> None:
         return
     for i, argument in enumerate(schema.arguments):
         value = c.node.args[i] if i < len(c.node.args) else c.node.kwargs.get(argument.name)
-        if hasattr(value, "op") and str(argument.type) in ("number", "Scalar", "float", "int"):
+        if isinstance(value, fx.Node) and str(argument.type) in ("number", "Scalar", "float", "int"):
             if not isinstance(value.meta.get("val"), torch.Tensor):
                 continue
             packet = c.node.target.overloadpacket  # type: ignore[union-attr]

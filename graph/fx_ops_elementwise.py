@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .fx_ops import Call, Spec, reads, slots
+from .fx_ops import Call, Spec, putter, reads, slots
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ def _unary(c: Call) -> Spec | None:
         return None
     op = UNARY[_name(c)]
     names = _UNARY_ATTRS.get(op, {})
-    write = {k: lambda v, n=n: c.put(n, v) for k, n in names.items()}
+    write = {k: putter(c, n) for k, n in names.items()}
     return Spec(op, slots("self"), {k: c.get(n) for k, n in names.items() if c.has(n)}, write=write)
 
 
@@ -110,7 +110,7 @@ def _clip(c: Call) -> Spec | None:
         if name in ("clamp_min", "clamp_max") and c.overload == "Tensor":
             return Spec("maximum" if name == "clamp_min" else "minimum", slots("self", low if c.has(low) else high))
         return None
-    write = {k: lambda v, n=n: c.put(n, v) for k, n in (("min", low), ("max", high)) if c.has(n)}
+    write = {k: putter(c, n) for k, n in (("min", low), ("max", high)) if c.has(n)}
     return Spec("clip", slots("self"), {k: None if b is None else float(b) for k, b in bounds.items()}, write=write)
 
 
@@ -124,4 +124,3 @@ def _where(c: Call) -> Spec | None:
 @reads("masked_fill")
 def _masked_fill(c: Call) -> Spec | None:
     return Spec("masked_fill", slots("self", "mask", "value"))
-

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .fx_ops import Call, Slot, Spec, list_slots, reads, slots
+from .fx_ops import ABSENT, Call, Slot, Spec, list_slots, reads, slots
 
 aten = torch.ops.aten
 
@@ -137,10 +137,7 @@ def _recurrent(c: Call) -> Spec | None:
     params = list_slots(c, "params")
     if len(params) != per * layers * (2 if both else 1):
         return None  # projections (proj_size) have no canonical form
-    operands: list[Slot] = [("input", None)]
-    operands += [("hx", 0), ("hx", 1)] if op == "lstm" else [("hx", None), ("hx", -1)]
-    if op != "lstm":
-        operands[2] = ("_none", None)
+    states: list[Slot] = [("hx", 0), ("hx", 1)] if op == "lstm" else [("hx", None), ABSENT]
     hidden = c.val(c.get("params")[1]).shape[-1]
     attrs = {
         "layers": layers,
@@ -153,12 +150,8 @@ def _recurrent(c: Call) -> Spec | None:
     }
     if op.startswith("rnn"):
         attrs["activation"] = op[4:]
-    slots_all = operands if has_biases else operands
-    for i in range(0, len(params), per):
-        slots_all = slots_all + params[i : i + per]
-        if not has_biases:
-            slots_all = slots_all + [("_none", None), ("_none", None)]
-    return Spec("rnn" if op.startswith("rnn") else op, slots_all, attrs, write={"hidden": lambda v: None})
+    operands: list[Slot] = [("input", None), *states, *params]
+    return Spec("rnn" if op.startswith("rnn") else op, operands, attrs, write={"hidden": lambda v: None})
 
 
 @reads("batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "native_batch_norm")

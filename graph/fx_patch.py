@@ -11,7 +11,7 @@ from torch import nn
 from .fx_layers import handled
 
 if TYPE_CHECKING:
-    from .fx import FXGraph
+    from .fx_view import FXView
 
 Evidence: TypeAlias = dict[int, set[int]]
 """Old size -> sizes that took its place (itself included where one stayed)."""
@@ -55,7 +55,7 @@ class SizeChanges:
     direct children; the same for the whole subtree.
     """
 
-    def __init__(self, graph: FXGraph) -> None:
+    def __init__(self, graph: FXView) -> None:
         self.attrs: dict[str, Evidence] = defaultdict(lambda: defaultdict(set))
         self.shapes: dict[str, Evidence] = defaultdict(lambda: defaultdict(set))
         for node in graph.nodes:
@@ -88,7 +88,7 @@ class SizeChanges:
         return [size]
 
 
-def plan_patches(graph: FXGraph, root: nn.Module) -> list[list[list[Patch]]]:
+def plan_patches(graph: FXView, root: nn.Module) -> list[list[list[Patch]]]:
     """Groups of alternatives; each alternative is a set of patches applied together.
 
     Modules of one class are decided together: the k-th candidate is taken in all of them.

@@ -9,21 +9,20 @@ import torch
 from torch import fx
 
 from .errors import ConstraintError
+from .fx_tensors import from_numpy
 
 if TYPE_CHECKING:
-    from .fx import FXGraph
+    from .fx_view import FXView
 
 
 def interpret(
-    graph: FXGraph,
+    graph: FXView,
     inputs: dict[str, Any],
     taps: Sequence[str] = (),
     grad: bool = False,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """Run ``graph`` in eval semantics; inputs by graph input name, taps by value name; ``tensors`` replaces weights."""
-    from .fx import from_numpy
-
     unknown = [t for t in taps if t not in graph.values]
     if unknown:
         raise ConstraintError("no such value to tap", value=unknown[0], hint="value names are in graph.values")
@@ -66,7 +65,7 @@ def interpret(
     return outputs, {name: results[name] for name in taps}
 
 
-def _last_readers(graph: FXGraph) -> dict[fx.Node, list[fx.Node]]:
+def _last_readers(graph: FXView) -> dict[fx.Node, list[fx.Node]]:
     seen: set[fx.Node] = set()
     last: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.fx.nodes):
@@ -77,7 +76,7 @@ def _last_readers(graph: FXGraph) -> dict[fx.Node, list[fx.Node]]:
     return last
 
 
-def _input(graph: FXGraph, node: fx.Node, inputs: dict[str, Any], device: torch.device, convert: Any) -> Any:
+def _input(graph: FXView, node: fx.Node, inputs: dict[str, Any], device: torch.device, convert: Any) -> Any:
     value = graph._value_of.get(node)
     if value is None:
         return None

@@ -1,4 +1,4 @@
-"""Capture of an nn.Module with torch.export: eval mode on a structural copy, dynamic batch, errors with the user's line."""
+"""Capture of an nn.Module with torch.export: eval mode on a structural copy, dynamic batch, errors with a line."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _batch_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | 
 def _auto_batch(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
 ) -> tuple[ExportedProgram, bool] | None:
-    """Export with dim 0 of the batch-like inputs dynamic; (program, example was doubled), or None if it must be static."""
+    """Export with dim 0 of batch-like inputs dynamic; (program, example was doubled), or None if it must be static."""
     size, leaves = _batch_leaves(args, kwargs)
     if size is None or size == 0:
         return None
