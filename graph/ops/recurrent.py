@@ -34,12 +34,17 @@ def _recurrent(an: Analysis, node: Node) -> None:
     onnx_form = node.attrs.get("layout", "torch") == "onnx"
     gates, dirs = node.attrs["gates"], 2 if node.attrs.get("bidirectional") else 1
     h0, c0 = node.input(1), node.input(2)
-    weights = [v for v in node.inputs[3:]]
+    weights = list(node.inputs[3:])
     hidden = fresh(_hidden_size(an, weights, gates, onnx_form))
     an.memo[node] = {"hidden": hidden}
     zero_state = True
+    rank = len(an.of(x))
+    batch = an.of(x)[0 if node.attrs.get("batch_first") else 1] if rank == 3 else None
     for state in (h0, c0):
         if state is not None:
+            if batch is not None:
+                an.tie(an.of(state)[1], batch, node)
+            an.freeze(an.of(state)[:-1], "layers, directions or batch of a recurrent op", node)
             an.tie(an.of(state)[-1], hidden, node)
             zero_state = zero_state and an.zeros(state)[-1]
     source = norm(an.of(x)[-1])
