@@ -176,13 +176,16 @@ def passes(
     ] = None,
     as_json: Json = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of pipeline files.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/passes.md.")] = False,
 ) -> None:
     """List the passes, or describe one."""
-    from .cli_show import pass_data, pass_details, pass_table
+    from .cli_show import pass_data, pass_details, pass_markdown, pass_table
     from .passes import config, registry
 
     if schema:
         _print_json(config.json_schema())
+    elif markdown:
+        sys.stdout.write(pass_markdown([registry.get(n) for n in registry.names()]))
     elif name is None:
         classes = [registry.get(n) for n in registry.names()]
         if as_json:

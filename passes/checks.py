@@ -13,6 +13,7 @@ from ..graph.errors import ConstraintError, FoldlineError, VerificationError
 from ..graph.ir import Graph
 from ..graph.load import load
 from ..graph.verify import Comparison, OutputComparison, compare, difference
+from .layers import layer_errors
 
 RTOL = {"float64": 1e-5, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
 """Bound of EXACT checks by the narrowest float in the graph: the binding 1e-5, about five roundings for the halves."""
@@ -67,11 +68,13 @@ class Inputs:
 
 @dataclass
 class Measurement:
-    """A comparison as data, the names of the inputs it was made on, or why there is none."""
+    """A comparison as data, the names of the inputs it was made on, or why there is none; errors per layer."""
 
     comparison: dict[str, Any] | None = None
     on: list[str] = field(default_factory=list)
     why_not: str = ""
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    note: str = ""
 
 
 def default_rtol(graph: Graph) -> float:
@@ -85,7 +88,8 @@ def measure(before: Graph, after: Graph, inputs: Inputs, *, exact: bool, rtol: f
     Raises:
         VerificationError: ``exact``, and the outputs differ by more than ``rtol``; names the first diverging value.
     """
-    bound = default_rtol(before) if rtol is None else rtol
+    # Without a promise there is no bound, and no search for the first value that exceeds it.
+    bound = math.inf if not exact else default_rtol(before) if rtol is None else rtol
     arrays, names = inputs.choose(exact)
     found = compare(before, after, arrays, bound)
     if exact and not found.ok:
@@ -96,7 +100,13 @@ def measure(before: Graph, after: Graph, inputs: Inputs, *, exact: bool, rtol: f
             "the function changed, and this pass promises that it does not",
             "a bug of the pass, unless the model is ill-conditioned: verify=False or rtol=... runs it anyway",
         )
-    return Measurement(found.to_dict(), names)
+    measured = Measurement(found.to_dict(), names)
+    if not exact:
+        try:
+            measured.layers = layer_errors(before, after, arrays[0])
+        except FoldlineError as exc:
+            measured.note = f"errors per layer could not be measured: {exc.message}"
+    return measured
 
 
 def diverged(found: Comparison, after: Graph, bound: float, message: str, hint: str | None = None) -> VerificationError:

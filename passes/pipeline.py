@@ -218,9 +218,10 @@ class Pipeline:
             peak_bytes=meter.peak_bytes,
             comparison=measured.comparison,
             compared_on=measured.on,
-            why_not=measured.why_not,
+            why_not=measured.why_not or measured.note,
             decisions=outcome.decisions,
             details=outcome.details,
+            layers=measured.layers,
             selected=sizes(outcome.plan, graph),
         )
         return new, outcome, record

@@ -45,6 +45,8 @@ class PassRecord:
         comparison: ``Comparison.to_dict()`` of input and output graph on the inputs named in ``compared_on``;
             None when nothing was compared (``why_not`` says why).
         decisions, details: what the pass said.
+        layers: ``{name, layer, op, sqnr_db}``: error of each layer's output against the graph before the pass.
+        selected: per weight and axis, how many indices were kept, and of how many.
     """
 
     name: str
@@ -61,6 +63,7 @@ class PassRecord:
     why_not: str = ""
     decisions: list[Decision] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     selected: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     @property
@@ -139,6 +142,11 @@ class Report:
             for weight, axes in record.selected.items():
                 if _within(weight, name):
                     said += [f"    {weight}: axis {axis} keeps {kept} of {size}" for axis, (kept, size) in axes.items()]
+            said += [
+                f"    {item['name']}: output at {decibel(item['sqnr_db'])}"
+                for item in record.layers
+                if name in (item["name"], item["layer"]) or _within(item["layer"], name)
+            ]
             if said:
                 lines += [f"  {record.name} ({record.contract}):", *said]
         if len(lines) > 1:

@@ -165,6 +165,8 @@ def _pass(i: int, record: PassRecord) -> str:
     parts = [f'<p class="options">{options}</p>' if options else ""]
     if record.comparison is not None:
         parts.append(_errors(record))
+    if record.layers:
+        parts.append(_layers(record))
     if record.decisions:
         rows = [
             [f"<code>{escape(d.subject)}</code>", escape(d.action), escape(d.reason) + _data(d.data)]
@@ -198,6 +200,17 @@ def _errors(record: PassRecord) -> str:
         )
     on = " and ".join(record.compared_on)
     return _folded(f"error per output, on {on} inputs", head, rows, numeric=range(1, 6))
+
+
+def _layers(record: PassRecord) -> str:
+    """Error per layer, as bars on a scale of 0 to 60 dB and beyond."""
+    rows = []
+    for item in record.layers:
+        value = item["sqnr_db"]
+        share = 1.0 if value is None else min(1.0, max(0.0, value) / 60)
+        meter = f'<span class="meter wide"><span style="width:{share:.1%}"></span></span>'
+        rows.append([f"<code>{escape(item['layer'])}</code>", escape(item["op"]), meter, decibel(value)])
+    return _folded("error per layer (SQNR of its output)", ("layer", "op", "", "SQNR"), rows, numeric=[3])
 
 
 def _data(data: dict[str, Any]) -> str:

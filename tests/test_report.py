@@ -75,6 +75,18 @@ def test_text_has_every_pass_and_the_totals() -> None:
         assert max(map(len, stream.getvalue().splitlines())) <= width
 
 
+def test_errors_per_layer_are_measured_and_explained() -> None:
+    graph = toy(6, 8, 8, 4)
+    report = fl.Pipeline([Round(calibration=[X], bits=5)]).run(graph, X).report
+    layers = {item["layer"]: item["sqnr_db"] for item in report.passes[0].layers}
+    assert list(layers) == ["fc0", "fc1", "fc2"]
+    after = fl.Pipeline([Round(calibration=[X], bits=5)]).run(graph, X).graph
+    a, b = graph.run({"x": X}, ["fc1"])[1]["fc1"], after.run({"x": X}, ["fc1"])[1]["fc1"]
+    assert layers["fc1"] == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), rel=1e-4)
+    assert f"fc1: output at {layers['fc1']:.1f} dB" in report.explain("fc1")
+    assert "error per layer" in report.html()
+
+
 class Page(HTMLParser):
     """Checks nesting and collects tags, links and text."""
 
