@@ -70,6 +70,9 @@ def _save_state(module: Any, path: Path) -> None:
     from safetensors.torch import save_model
 
     save_model(module, str(path))
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors makes its files private
 
 
 def _pickle(module: Any, path: Path) -> None:

@@ -224,7 +224,12 @@ def _brief(value: Any) -> str:
     value = jsonable(value)
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = ", ".join(map(_brief, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        text = ", ".join(map(_brief, value))
+    elif isinstance(value, dict):
+        text = ", ".join(f"{key} {_brief(item)}" for key, item in value.items())
+    else:
+        text = str(value)
     return text if len(text) <= 240 else text[:237] + "..."
 
 
