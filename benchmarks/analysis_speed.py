@@ -104,8 +104,10 @@ def main() -> None:
     for name in MODELS + ["llama7b"] + ([] if args.quick else DEPTHS):
         a = isolated("ours", name, 600)
         b = isolated("peer", name, args.timeout) if name in MODELS else {"failed": "not run"}
-        left = f"| {name} | {a['failed']} | | | |" if "failed" in a else (
-            f"| {name} | {a['nodes']} | {a['trace_s']:.2f} | {a['groups_s']:.3f} | {a['groups']} ({a['free']}) |"
+        left = (
+            f"| {name} | {a['failed']} | | | |"
+            if "failed" in a
+            else (f"| {name} | {a['nodes']} | {a['trace_s']:.2f} | {a['groups_s']:.3f} | {a['groups']} ({a['free']}) |")
         )
         right = f" {b['failed']} | |" if "failed" in b else f" {b['build_s']:.2f} | {b['groups_s']:.2f} |"
         print(left + right, flush=True)

@@ -34,7 +34,7 @@ class Atom:
 
     def __init__(self, size: int) -> None:
         self.uid = next(_ids)
-        self.size = size
+        self.size: int = size
         self.binding: Space | None = None
         self.marks: dict[str, list[Mark]] = {}
 
@@ -50,7 +50,7 @@ class Leaf:
     def __init__(self, atom: Atom, perm: np.ndarray | None = None) -> None:
         self.atom = atom
         self.perm = perm
-        self.size = atom.size
+        self.size: int = atom.size
 
     def __repr__(self) -> str:
         return f"{self.atom!r}{'' if self.perm is None else '~'}"
@@ -63,7 +63,7 @@ class Sum:
 
     def __init__(self, terms: tuple[Space, ...]) -> None:
         self.terms = terms
-        self.size = sum(t.size for t in terms)
+        self.size: int = sum(t.size for t in terms)
 
     def __repr__(self) -> str:
         return "(" + " + ".join(map(repr, self.terms)) + ")"
@@ -76,7 +76,7 @@ class Prod:
 
     def __init__(self, factors: tuple[Space, ...]) -> None:
         self.factors = factors
-        self.size = prod(f.size for f in factors)
+        self.size: int = prod(f.size for f in factors)
 
     def __repr__(self) -> str:
         return "·".join(map(repr, self.factors)) if self.factors else "1"

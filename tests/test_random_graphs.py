@@ -22,7 +22,10 @@ def outputs(graph: Graph, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def close(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
-    return all(x.shape == y.shape and np.abs(x - y).max() <= 2e-4 * max(np.abs(x).max(), 1e-3) for x, y in zip(a, b, strict=True))
+    return all(
+        x.shape == y.shape and np.abs(x - y).max() <= 2e-4 * max(np.abs(x).max(), 1e-3)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def check_identities(kinds: list[str], seed: int, front: str) -> None:
@@ -60,7 +63,11 @@ def check_identities(kinds: list[str], seed: int, front: str) -> None:
 @pytest.mark.parametrize("front", ["fx", "onnx"])
 def test_identities_on_random_graphs(front: str) -> None:
     @settings(
-        max_examples=COUNT[front], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+        max_examples=COUNT[front],
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+        database=None,
     )
     @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=7), st.integers(0, 2**16))
     def run(kinds: list[str], seed: int) -> None:

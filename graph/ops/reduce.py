@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..ir import Node
-from ..space import UNIT
+from ..space import UNIT, Space
 from .table import rule
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def _arg(an: Analysis, node: Node) -> None:
     touched = spaces if axis is None else [spaces[axis]]
     an.freeze(list(touched), "positions along this axis are results", node)
     an.no_scale(spaces, node, "positions do not scale")
+    out: list[Space]
     if axis is None:
         out = [UNIT for _ in node.output.hint]
     elif len(node.output.hint) == len(spaces):
