@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -274,6 +275,28 @@ def test_registry_refuses_a_name_that_is_taken() -> None:
 
     with pytest.raises(fl.ConfigError, match="taken"):
         registry.register(Other)
+
+
+def test_third_parties_add_passes_through_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_local", {})
+    points = {
+        "toycut": EntryPoint("toycut", "support.toypasses:Cut", registry.GROUP),
+        "toyother": EntryPoint("toyother", "support.toypasses:Swap", registry.GROUP),
+        "toygone": EntryPoint("toygone", "support.absent:Cut", registry.GROUP),
+        "toyjunk": EntryPoint("toyjunk", "support.toygraph:toy", registry.GROUP),
+    }
+    monkeypatch.setattr(registry, "_third_party", lambda: points)
+    assert registry.get("toycut") is Cut and P.get("toycut") is Cut
+    assert P.toycut(toy(6, 8, 4), X, step=4).plan.weights["fc0.bias"] == {0: [0, 4]}
+    assert fl.Pipeline.from_dict({"passes": [{"toycut": {"step": 4}}]}).passes == (Cut(step=4),)
+    monkeypatch.delattr(P, "toycut")
+    for name, words in (
+        ("toyother", "must be its entry point's"),
+        ("toygone", "cannot be loaded"),
+        ("toyjunk", "no Pass"),
+    ):
+        with pytest.raises(fl.ConfigError, match=words):
+            registry.get(name)
 
 
 # ---- targets ------------------------------------------------------------------------------------------------
