@@ -17,6 +17,7 @@ from foldline.passes.base import Context
 from foldline.passes.quantize import Quantize
 from foldline.passes.quantize.numerics import sqnr_db
 from support.data import accuracy, cifar10, trained_resnet
+from support.toys import toy
 from test_quantize import block, exported
 
 CPU = get("onnxruntime-cpu")
@@ -215,3 +216,31 @@ def test_resnet20_in_int8_is_accurate_fused_and_faster() -> None:
     right = float((found.argmax(1) == labels.numpy()).mean())
     assert abs(right - accuracy(model, images, labels)) <= 0.003
     assert artifact.benchmark(runs=60, warmup=20, against=before, inputs=images[:1])["ratio"] < 1
+
+
+# ---- exports that need care ------------------------------------------------------------------------------------------
+def test_output_names_that_inner_values_have_too_stay_the_graphs() -> None:
+    model, inputs = toy("pixel_shuffle")
+    graph = load_torch(model, inputs)
+    name = graph.outputs[0].name
+    first = graph.nodes[0].output
+    twin = graph.insert(
+        "mul", [first, graph.add_weight("gain", np.array(2.0, np.float32))], name="twin", after=first.producer
+    )
+    graph.replace_uses(first, twin.output, except_nodes=[twin])
+    graph.refresh()
+    artifact = CPU.lower(graph, inputs)
+    assert artifact.output_names == [name]
+    (expected,), _ = graph.run(graph.bind(inputs))
+    assert difference(np.asarray(expected), artifact.run(graph.bind(inputs))[0])[1] < 1e-5
+
+
+def test_a_dimension_that_cannot_stay_dynamic_is_noted() -> None:
+    model, inputs = toy("gru")
+    graph = load_torch(model, inputs)
+    artifact = CPU.lower(graph, inputs)
+    feeds = graph.bind(inputs)
+    (expected,), _ = graph.run(feeds)
+    assert difference(np.asarray(expected), artifact.run(feeds)[0])[1] < 1e-5
+    fixed = [v.name for v in artifact.session.get_inputs() if all(isinstance(d, int) for d in v.shape)]
+    assert bool(fixed) == bool(artifact.notes)

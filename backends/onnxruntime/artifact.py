@@ -56,6 +56,9 @@ class OnnxRuntimeArtifact(Artifact):
         session: the open session.
         threads: operator threads of the session.
         example_inputs: one call's inputs by name, for :meth:`benchmark`.
+        folder: a temporary folder that holds the file; it lives as long as the artifact.
+
+    ``notes`` says what the user should know, e.g. a dimension that could not stay dynamic.
     """
 
     def __init__(
@@ -72,7 +75,8 @@ class OnnxRuntimeArtifact(Artifact):
         self.session = session
         self.threads = threads
         self._example = example_inputs
-        self._folder = folder  # a temporary folder lives as long as the artifact
+        self._folder = folder
+        self.notes: list[str] = []
         self.input_names = [v.name for v in session.get_inputs()]
         self.output_names = [v.name for v in session.get_outputs()]
         self.providers = list(session.get_providers())

@@ -58,7 +58,7 @@ class _OnnxRuntime(Backend):
             BackendError: export failed, the provider is missing, or ONNX Runtime refuses the model.
         """
         names = providers(self.kind)
-        model = onnx_model(graph)
+        model, notes = onnx_model(graph)
         readable(model)
         folder: Any = None
         target = None if path is None else Path(path)
@@ -68,11 +68,13 @@ class _OnnxRuntime(Backend):
         if target is not None:
             save(model, target)
         session = open_session(model if target is None else target, names, threads=threads)
-        return OnnxRuntimeArtifact(model, target, session, threads, _arguments(graph, example_inputs), folder)
+        artifact = OnnxRuntimeArtifact(model, target, session, threads, _arguments(graph, example_inputs), folder)
+        artifact.notes += notes
+        return artifact
 
 
-def onnx_model(graph: Graph) -> ir.Model:
-    """The graph as an onnx_ir model of its own, whichever front end it has."""
+def onnx_model(graph: Graph) -> tuple[ir.Model, list[str]]:
+    """The graph as an onnx_ir model of its own, whichever front end it has, and notes on what changed on the way."""
     if graph.kind == "fx":
         from .export import export
 
@@ -80,7 +82,7 @@ def onnx_model(graph: Graph) -> ir.Model:
     if graph.kind != "onnx":
         raise BackendError("only torch and ONNX graphs can be lowered", node=graph.name, found=type(graph).__name__)
     model = graph.to_model()
-    return model.clone() if isinstance(model, ir.Model) else ir.serde.deserialize_model(model)
+    return (model.clone() if isinstance(model, ir.Model) else ir.serde.deserialize_model(model)), []
 
 
 def _arguments(graph: Graph, example_inputs: Any) -> dict[str, np.ndarray] | None:

@@ -47,21 +47,44 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     return {quantize_linear: quantize, dequantize_linear: dequantize}
 
 
-def export(graph: Graph, opset: int = OPSET) -> ir.Model:
-    """The ONNX model of an FX graph: same input and output names, symbolic dimensions kept symbolic.
+def export(graph: Graph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
+    """The ONNX model of an FX graph (same input and output names), and what the user should know about it.
+
+    Symbolic dimensions stay symbolic. Where tracing cannot keep one (an operator whose translation needs its size),
+    it becomes the example's size and a note says so.
 
     Raises:
         BackendError: torch.onnx cannot translate an operator; says which.
     """
-    import torch
+    from torch.export import Dim
 
     if any(node.attrs.get("block") for node in graph.nodes if node.op in ("quantize", "dequantize")):
         opset = max(opset, 21)  # the first that knows blocks
-    module = graph.to_graph_module()  # type: ignore[attr-defined]
     arguments = _example(graph)
-    shapes = tuple(
-        {i: torch.export.Dim.DYNAMIC for i, d in enumerate(v.shape or ()) if isinstance(d, str)} for v in graph.inputs
-    )
+    notes: list[str] = []
+    try:
+        model = _export(graph, arguments, _dynamic(graph, Dim.DYNAMIC), opset)
+    except BackendError as exc:
+        if "static shape" not in str(exc.found):
+            raise
+        model = _export(graph, arguments, _dynamic(graph, Dim.AUTO), opset)
+        for value, mine in zip(model.graph.inputs, graph.inputs, strict=True):
+            for i, d in enumerate(mine.shape or ()):
+                if isinstance(d, str) and value.shape is not None and isinstance(value.shape[i], int):
+                    notes.append(f"axis {i} of input {mine.name} is fixed at {value.shape[i]}: {exc.found}")
+    _rename(model, [v.name for v in graph.inputs], [v.name for v in graph.outputs])
+    strip(model)
+    return model, notes
+
+
+def _dynamic(graph: Graph, dim: Any) -> tuple[dict[int, Any], ...]:
+    return tuple({i: dim for i, d in enumerate(v.shape or ()) if isinstance(d, str)} for v in graph.inputs)
+
+
+def _export(graph: Graph, arguments: tuple[Any, ...], shapes: tuple[dict[int, Any], ...], opset: int) -> ir.Model:
+    import torch
+
+    module = graph.to_graph_module()  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -70,21 +93,49 @@ def export(graph: Graph, opset: int = OPSET) -> ir.Model:
                 arguments,
                 dynamo=True,
                 dynamic_shapes=shapes if any(shapes) else None,
-                input_names=[v.name for v in graph.inputs],
-                output_names=[v.name for v in graph.outputs],
                 custom_translation_table=_translations(opset),
                 opset_version=opset,
                 verbose=False,
             )
         except Exception as exc:  # the exporter wraps every failure in classes of its own
-            raise BackendError(
-                "torch.onnx could not export the graph", node=graph.name, found=_cause(exc), hint="see found"
-            ) from exc
+            raise BackendError("torch.onnx could not export the graph", node=graph.name, found=_cause(exc)) from exc
     if program is None:
         raise BackendError("torch.onnx gave no model", node=graph.name)
     model: ir.Model = program.model
-    strip(model)
     return model
+
+
+def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
+    """Give inputs and outputs their names; an inner value that has one of them gives way.
+
+    (The exporter's own ``input_names`` and ``output_names`` can leave two values of one name.)
+    """
+    wanted = dict(zip(model.graph.inputs, inputs, strict=True))
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        wanted.setdefault(value, name)
+    taken = set(wanted.values())
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    values += [v for node in model.graph.all_nodes() for v in node.outputs]
+    used = {v.name for v in values} | taken
+    for value in values:
+        if value in wanted or value.name not in taken:
+            continue
+        i = 1
+        while f"{value.name}_{i}" in used:
+            i += 1
+        _set_name(model, value, f"{value.name}_{i}")
+        used.add(value.name)
+    for value, name in wanted.items():
+        _set_name(model, value, name)
+
+
+def _set_name(model: ir.Model, value: ir.Value, name: str) -> None:
+    stored = value.name in model.graph.initializers and model.graph.initializers[value.name] is value
+    if stored:
+        del model.graph.initializers[value.name]
+    value.name = name
+    if stored:
+        model.graph.initializers[name] = value
 
 
 def _cause(exc: BaseException) -> str:
