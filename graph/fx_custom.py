@@ -38,7 +38,12 @@ def _spread(p: torch.Tensor, x: torch.Tensor, axis: int | None, block: int) -> t
 
 
 def _quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, axis: int | None, dtype: str, block: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+    dtype: str = "int8",
+    block: int = 0,
 ) -> torch.Tensor:
     steps = x / _spread(scale, x, axis, block).to(x.dtype)
     if dtype in _FLOATS:
@@ -52,7 +57,12 @@ def _quantize(
 
 
 def _dequantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, axis: int | None, dtype: str, block: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+    dtype: str = "int8",
+    block: int = 0,
 ) -> torch.Tensor:
     steps = x.to(scale.dtype)
     if zero_point is not None:
@@ -61,17 +71,28 @@ def _dequantize(
 
 
 def _fake_quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, axis: int | None, dtype: str, block: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+    dtype: str = "int8",
+    block: int = 0,
 ) -> torch.Tensor:
     return torch.empty_like(x, dtype=storage_dtype(dtype))
 
 
 def _fake_dequantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, axis: int | None, dtype: str, block: int
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    axis: int | None = None,
+    dtype: str = "int8",
+    block: int = 0,
 ) -> torch.Tensor:
     return torch.empty_like(x, dtype=scale.dtype)
 
 
+# The dispatcher drops trailing arguments that equal the schema's defaults, so the functions above repeat them.
 _LIBRARY = torch.library.Library("foldline", "FRAGMENT")
 
 
