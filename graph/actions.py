@@ -62,6 +62,10 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.weights)
 
+    def __repr__(self) -> str:
+        axes = sum(len(a) for a in self.weights.values())
+        return f"Plan({len(self.weights)} weights, {axes} axes)"
+
 
 def _legal(groups: AxisGroups, chosen: Mapping[AxisGroup, Any], action: str) -> None:
     for g in chosen:

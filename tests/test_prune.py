@@ -1,0 +1,186 @@
+"""Prune: scores, targets, blocks, patterns; the plan on checkpoints and optimizers; the caller's model untouched."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import foldline as fl
+from foldline import passes as P
+from foldline.graph.actions import Plan, apply_plan
+from foldline.graph.errors import ConfigError, ConstraintError
+from foldline.graph.groups import axis_groups
+from foldline.passes.prune.importance import importance
+from foldline.passes.prune.select import block, counts_to_keep
+from tests.support.frontends import exported
+from tests.support.resnet_cifar import ResNetCifar
+from tests.support.toys import toy
+
+
+def hashes(model: nn.Module) -> dict[str, bytes]:
+    return {n: t.detach().numpy().tobytes() for n, t in model.state_dict().items()}
+
+
+def small() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    return model.eval(), (torch.randn(3, 6),)
+
+
+@pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])
+def test_magnitude_equals_the_hand_count(criterion: str, power: int) -> None:
+    model, x = small()
+    groups = axis_groups(fl.load(model, x))
+    g = groups["0.weight:0"]
+    scores = importance(groups, [g], criterion, 0)[g]
+    rows = model[0].weight.detach().double().abs().pow(power).sum(1)
+    columns = model[2].weight.detach().double().abs().pow(power).sum(0)
+    expected = (rows / rows.mean() + columns / columns.mean()).pow(1 / power)
+    assert np.allclose(scores, expected.numpy())
+
+
+def test_the_least_important_indices_go() -> None:
+    model, x = small()
+    with torch.no_grad():
+        model[0].weight[[1, 5]] *= 1e-3
+        model[2].weight[:, [1, 5]] *= 1e-3
+    result = P.prune(model, x, ratio=0.25)
+    assert result.plan.weights["0.weight"] == {0: [0, 2, 3, 4, 6, 7]}
+    assert isinstance(result.model, nn.Sequential)
+    assert (result.model[0].out_features, result.model[2].in_features) == (6, 6)
+
+
+def test_callers_model_stays_as_it_was_and_flags_are_kept() -> None:
+    model, x = toy("residual_cnn")
+    model.train()
+    before, flags = hashes(model), [m.training for m in model.modules()]
+    result = P.prune(model, x, ratio=0.5)
+    with torch.no_grad():
+        for p in result.model.parameters():
+            p.add_(1)
+    assert hashes(model) == before
+    assert [m.training for m in model.modules()] == flags
+    assert result.model.training
+
+
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+@pytest.mark.parametrize("target", [fl.macs(0.5), fl.params(0.4)])
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_targets_are_met(front: str, target: fl.Target, scope: str) -> None:
+    torch.manual_seed(0)
+    model = ResNetCifar(3).eval()
+    x = (torch.randn(2, 3, 32, 32),)
+    given = model if front == "fx" else exported(model, x)
+    before = fl.cost(fl.load(given, x))
+    result = P.prune(given, x, target=target, scope=scope)
+    after = fl.cost(result.graph)
+    share = target.of(after) / target.of(before)
+    assert abs(share - target.value) < 0.03, share
+    assert result.report.passes[0].details["identity"]["relative_error"] < 1e-4
+
+
+def test_round_to_keeps_blocks_and_at_least_one() -> None:
+    model, x = toy("residual_cnn")
+    result = P.prune(model, x, ratio=0.9, round_to=4)
+    for name, axes in result.plan.weights.items():
+        for axis, kept in axes.items():
+            assert len(kept) % 4 == 0 and kept, (name, axis)
+
+
+def test_blocks_count_slabs() -> None:
+    model, x = toy("vision_transformer")
+    groups = axis_groups(fl.load(model, x))
+    heads = next(g for g in groups if g.can("select") and any(h.nested for h in groups.of(g.members[0].weight, 0)))
+    dim = next(h for h in groups.of(heads.members[0].weight, 0) if h.nested)
+    assert block(heads, dim.size) == 1
+    assert counts_to_keep(heads, 0.1, 1, 1) == 1
+    assert counts_to_keep(heads, 0.1, 1, 2) == 2
+
+
+def test_random_is_deterministic_by_seed() -> None:
+    model, x = toy("residual_cnn")
+    a, b, c = (P.prune(model, x, criterion="random", ratio=0.5, seed=s).plan for s in (1, 1, 2))
+    assert a.to_json() == b.to_json() != c.to_json()
+
+
+def test_own_criterion_and_ignore() -> None:
+    model, x = toy("residual_cnn")
+    result = P.prune(model, x, criterion=lambda g, _: np.arange(g.size), ratio=0.5, ignore=["stem*"])
+    assert "stem.0.weight" not in result.plan.weights
+    assert result.plan.weights["a1.0.weight"][0] == [3, 4, 5]
+    assert "ignored" in result.report.explain("stem.0")
+
+
+def test_bad_input_is_refused_and_says_what_to_change() -> None:
+    model, x = small()
+    before = hashes(model)
+    with pytest.raises(ConfigError, match="share that goes"):
+        P.prune(model, x, ratio=1.5)
+    with pytest.raises(ConfigError, match="exactly one"):
+        P.prune(model, x)
+    with pytest.raises(ConstraintError, match="matches nothing"):
+        P.prune(model, x, ratio=0.5, ignore=["no.such.layer"])
+    with pytest.raises(ConstraintError, match="nothing was pruned"):
+        P.prune(model, x, ratio=0.5, round_to=64)
+    with pytest.raises(ConstraintError, match="cannot be reached"):
+        P.prune(model, x, target=fl.params(0.01))
+    with pytest.raises(ConfigError, match="l3"):
+        P.prune(model, x, ratio=0.5, criterion="l3")
+    assert hashes(model) == before
+
+
+def test_plan_applies_to_checkpoints_models_and_optimizers() -> None:
+    torch.manual_seed(0)
+    model = ResNetCifar(1).eval()
+    x = (torch.randn(2, 3, 32, 32),)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x[0]).square().sum().backward()
+    optimizer.step()
+    result = P.prune(model, x, ratio=0.5)
+    plan = Plan.from_json(result.plan.to_json())
+
+    sliced = apply_plan(model.state_dict(), plan)
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(sliced[name], tensor), name
+
+    again = apply_plan(copy.deepcopy(model), plan, x)
+    assert torch.equal(again(x[0]), result.model(x[0]))
+
+    first = next(iter(model.parameters()))
+    moment = optimizer.state[first]["exp_avg"].clone()
+    apply_plan(optimizer, plan, model=result.model)
+    q = next(iter(result.model.parameters()))
+    assert torch.equal(optimizer.state[q]["exp_avg"], moment[plan.weights["conv1.weight"][0]])
+    result.model.train()(x[0]).square().sum().backward()
+    optimizer.step()
+
+
+def test_plan_for_another_model_is_refused() -> None:
+    model, x = small()
+    plan = P.prune(model, x, ratio=0.5).plan
+    with pytest.raises(ConstraintError, match="another model"):
+        apply_plan({n: t[:, :2] if t.ndim > 1 else t for n, t in model.state_dict().items()}, plan)
+    with pytest.raises(ConstraintError, match="not a foldline plan"):
+        Plan.from_json("{}")
+    edited = Plan.from_json(plan.to_json())
+    edited.weights["0.weight"][0] = edited.weights["0.weight"][0][:-1]
+    with pytest.raises(ConstraintError, match="all members agree"):
+        apply_plan(model, edited, x)
+
+
+def test_tied_weights_stay_tied() -> None:
+    model, x = toy("tied_embedding")
+    before = sum(p.numel() for p in model.parameters())
+    result = P.prune(model, x, ratio=0.5)
+    assert sum(p.numel() for p in result.model.parameters()) < before
+    tied = [
+        n
+        for n in model.state_dict()
+        if sum(t.data_ptr() == model.state_dict()[n].data_ptr() for t in model.state_dict().values()) > 1
+    ]
+    assert tied
+    assert len({result.model.state_dict()[n].data_ptr() for n in tied}) == 1
