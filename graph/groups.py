@@ -143,13 +143,11 @@ class AxisGroups:
                 continue
             for axis, e in enumerate(an.spaces[w.value]):
                 self._collect_axis(w, axis, norm(e), roles, inner)
-        seen: dict[str, int] = {}
         for g in self.groups:
             first = next((m for m in g.members if m.role in ("produces", "both")), g.members[0])
+            there = self._axes[first.weight, first.axis]
             name = f"{first.weight.name}:{first.axis}"
-            several = len(self._axes[(first.weight, first.axis)]) > 1
-            seen[name] = seen.get(name, -1) + 1
-            g.name = f"{name}#{seen[name]}" if several or seen[name] else name
+            g.name = f"{name}#{there.index(g)}" if len(there) > 1 else name
         for g in self.groups:
             g.nested = any((o := self._by_atom.get(a)) is not None and o.can("select") for a in inner.get(g.atom, ()))
 
