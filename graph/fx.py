@@ -10,8 +10,9 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from .fx_clean import clean
 from .fx_edit import FXEdits
-from .fx_functional import Pure, clean
+from .fx_functional import Pure
 from .fx_modes import graph_module
 from .fx_module import write_back
 from .fx_ops import known

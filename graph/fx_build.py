@@ -52,10 +52,11 @@ _SIMPLE: dict[str, tuple[str, str]] = (
     {
         op: (op, "default")
         for op in (
-            "relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh softplus erf exp expm1 log log1p sqrt "
-            "rsqrt reciprocal abs neg sign floor ceil sin cos tan asin acos atan sinh cosh asinh acosh atanh square "
-            "logical_not bitwise_not isnan isinf threshold hardshrink softshrink logit nan_to_num leaky_relu round "
-            "matmul maximum minimum atan2 logical_and logical_or logical_xor prelu"
+            "relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh softplus erf exp expm1 log "
+            "log1p sqrt rsqrt reciprocal abs neg sign floor ceil sin cos tan asin acos atan sinh cosh asinh "
+            "acosh atanh square logical_not bitwise_not isnan isinf threshold hardshrink softshrink logit "
+            "nan_to_num leaky_relu round matmul maximum minimum atan2 logical_and logical_or logical_xor "
+            "prelu"
         ).split()
     }
     | {op: (op, "Tensor") for op in "sub mul fmod eq ne lt le gt ge bitwise_and bitwise_or bitwise_xor add div".split()}
@@ -259,7 +260,7 @@ def _batch_norm(x: list[Any], a: dict[str, Any]) -> Built:
 def _layer_norm(x: list[Any], a: dict[str, Any]) -> Built:
     axes = a["axes"]
     shape = [int(s) for s in x[0].meta["val"].shape[-len(axes) :]]
-    scale, bias = (list(x) + [None, None])[1:3]
+    scale, bias = [*x, None, None][1:3]
     return aten.layer_norm.default, (x[0], shape, scale, bias, float(a["eps"])), {}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .fx_ops import TORCH_DTYPES, Call, Spec, dtype_name, putter, reads, slots
+from .fx_ops import TORCH_DTYPES, Call, Spec, dtype_name, reads, slots
 
 aten = torch.ops.aten
 
@@ -33,7 +34,20 @@ def _arange(c: Call) -> Spec | None:
     start, step = c.get("start", 0), c.get("step", 1)
     plain = {k: v if isinstance(v, (int, float)) else None for k, v in (("start", start), ("end", c.get("end")))}
     step = step if isinstance(step, (int, float)) else None
-    write = {k: putter(c, k) for k in ("start", "end", "step") if c.has(k)}
+
+    def put(name: str) -> Callable[[Any], None]:
+        def write_bound(value: Any) -> None:
+            if value is None:
+                return
+            if not c.has("step"):
+                c.retarget(
+                    aten.arange.start_step, c.get("start", 0), c.get("end"), c.get("step", 1), **dict(c.node.kwargs)
+                )
+            c.put(name, value)
+
+        return write_bound
+
+    write = {name: put(name) for name in ("start", "end", "step")}
     return Spec("arange", [], {**plain, "step": step}, c.dynamic([start, c.get("end"), c.get("step")]), write)
 
 
