@@ -98,8 +98,11 @@ def parse(data: Mapping[str, Any]) -> tuple[str, int, list[Pass]]:
     return file.name, file.seed, passes
 
 
-def dump(name: str, seed: int, passes: Sequence[Pass]) -> dict[str, Any]:
+def dump(name: str, seed: int, passes: Sequence[Pass], left_out: list[str] | None = None) -> dict[str, Any]:
     """A pipeline as plain data that :func:`parse` reads back; options at their default are left out.
+
+    Args:
+        left_out: where given, options that are Python objects are left out and named in it, instead of an error.
 
     Raises:
         ConfigError: an option is a Python object without a text form, or a pass is not in the registry.
@@ -113,7 +116,15 @@ def dump(name: str, seed: int, passes: Sequence[Pass]) -> dict[str, Any]:
                 value=type(step).__name__,
                 hint=f"add it as an entry point {registry.GROUP}",
             )
-        options = {key: plain(value, f"passes[{i}].{step.name}.{key}") for key, value in chosen(step).items()}
+        options = {}
+        for key, value in chosen(step).items():
+            where = f"passes[{i}].{step.name}.{key}"
+            try:
+                options[key] = plain(value, where)
+            except ConfigError:
+                if left_out is None:
+                    raise
+                left_out.append(where)
         entries.append({step.name: options} if options else step.name)
     return {"name": name, "seed": seed, "passes": entries}
 

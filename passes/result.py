@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from ..graph.errors import ConfigError
 from ..graph.ir import Graph
 from ..graph.load import is_torch_model
 from ..graph.save import replacing, save
+from . import config
 from .report import Report
 
 if TYPE_CHECKING:
@@ -45,7 +48,8 @@ class Result:
 
         Files: the model (torch: ``model.pt``, pickled, and ``model.safetensors``, its weights; ONNX:
         ``model.onnx``), ``plan.json`` (if anything was selected), ``report.json``, ``report.html``,
-        ``pipeline.yaml`` (if the pipeline has a text form), ``artifact*`` (what a backend made). Everything is
+        ``pipeline.yaml`` (options that are Python objects are left out and named in it), ``artifact*`` (what a
+        backend made). Everything is
         written into a scratch folder first and renamed at the end: an earlier result there is replaced as a whole,
         and a failure leaves it as it was.
 
@@ -67,10 +71,7 @@ class Result:
             left_out = self._save_model(scratch)
             if self.plan is not None:
                 _write(scratch / "plan.json", self.plan.to_json() + "\n")
-            try:
-                _write(scratch / "pipeline.yaml", self.pipeline.to_yaml())
-            except ConfigError as exc:
-                left_out.append(f"pipeline.yaml was not written: {exc.message}")
+            _write(scratch / "pipeline.yaml", self._pipeline_text())
             self._save_artifact(scratch)
             self.report.notes += [note for note in left_out if note not in self.report.notes]
             _write(scratch / "report.json", self.report.to_json())
@@ -78,6 +79,17 @@ class Result:
         for note in left_out:
             warnings.warn(note, stacklevel=2)
         return folder
+
+    def _pipeline_text(self) -> str:
+        pipe = self.pipeline
+        left_out: list[str] = []
+        try:
+            text = yaml.safe_dump(
+                config.dump(pipe.name, pipe.seed, pipe.passes, left_out), sort_keys=False, allow_unicode=True
+            )
+        except ConfigError as exc:
+            return f"# This pipeline has no text form: {exc.message} ({exc.value})\n"
+        return "".join(f"# Left out, a Python object: {where}\n" for where in left_out) + text
 
     def _save_model(self, folder: Path) -> list[str]:
         """Write the model; return what could not be written, as notes."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import foldline as fl
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -385,6 +386,33 @@ def test_finetune_trains_a_copy_and_takes_the_weights_back() -> None:
     torch.testing.assert_close(result.model(x), model(x) + 1)
     assert [d.subject for d in result.report.passes[0].decisions] == ["head.bias"]
     assert not result.model.training
+
+
+def test_finetune_of_an_onnx_model_goes_through_a_module_and_back() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        small (float[n, 6] x) => (float[n, 4] y) <float[6, 4] w, float[4] b> { h = MatMul(x, w)  y = Add(h, b) }"""
+    )
+    rng = np.random.default_rng(0)
+    del model.graph.initializer[:]
+    arrays = {"w": rng.standard_normal((6, 4)).astype("f4"), "b": rng.standard_normal(4).astype("f4")}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in arrays.items())
+    seen: list[torch.nn.Module] = []
+
+    def train(module: torch.nn.Module) -> None:
+        seen.append(module)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        module(torch.as_tensor(X)).square().sum().backward()
+        optimizer.step()
+
+    result = fl.Pipeline([P.FineTune(train)]).run(model, {"x": X})
+    assert isinstance(result.model, onnx.ModelProto) and isinstance(seen[0], torch.nn.Module)
+    y = X @ arrays["w"] + arrays["b"]
+    expected = {"w": arrays["w"] - 0.2 * X.T @ y, "b": arrays["b"] - 0.2 * y.sum(0)}
+    for name, array in expected.items():
+        np.testing.assert_allclose(result.graph.weight(name).numpy(), array, rtol=1e-4, atol=1e-5)
+        assert np.array_equal(fl.load(model).weight(name).numpy(), arrays[name])
+    assert {d.subject for d in result.report.passes[0].decisions} == {"w", "b"}
 
 
 def test_finetune_refuses_nan_and_unknown_functions() -> None:

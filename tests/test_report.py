@@ -191,6 +191,17 @@ def test_save_onnx_result(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_saved_pipeline_names_the_python_objects_it_leaves_out(tmp_path: Path) -> None:
+    steps = [P.Prune(ratio=0.5), P.Quantize(calibration=[X])]
+    folder = fl.Pipeline(steps).run(small_onnx(), {"x": X}).save(tmp_path / "out")
+    text = (folder / "pipeline.yaml").read_text()
+    assert text.startswith("# Left out, a Python object: passes[1].quantize.calibration\n")
+    assert fl.Pipeline.from_file(folder / "pipeline.yaml").to_dict()["passes"] == [
+        {"prune": {"ratio": 0.5}},
+        "quantize",
+    ]
+
+
 def test_save_replaces_an_earlier_result_as_a_whole_and_nothing_else(tmp_path: Path) -> None:
     result = fl.Pipeline([P.Prune(ratio=0.5)]).run(small_onnx(), {"x": X})
     folder = result.save(tmp_path / "out")
