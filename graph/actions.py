@@ -15,7 +15,8 @@ from .errors import ConstraintError, VerificationError
 from .groups import AxisGroup, AxisGroups, axis_groups
 from .ir import Graph, Node, Weight
 from .ops.table import get_rule
-from .space import Atom, atoms, kept_positions, norm, spread
+from .positions import kept_positions, spread
+from .space import Atom, atoms, norm
 
 PlanData: TypeAlias = dict[str, dict[int, list[int]]]
 
@@ -114,7 +115,7 @@ def permute(groups: AxisGroups, orders: Mapping[AxisGroup, np.ndarray]) -> Plan:
 
 
 def scale(groups: AxisGroups, factors: Mapping[AxisGroup, np.ndarray]) -> None:
-    """Multiply the data of each group index by a positive factor at its producers and divide at its consumers. Exact."""
+    """Multiply each group index by a positive factor at its producers and divide by it at its consumers. Exact."""
     _legal(groups, factors, "scale")
     vectors: dict[Atom, np.ndarray] = {}
     for g, s in factors.items():

@@ -10,22 +10,8 @@ import numpy as np
 
 from .ir import Graph, Node, Value, Weight
 from .ops.table import get_rule
-from .space import (
-    FROZEN,
-    UNIT,
-    Conflict,
-    Leaf,
-    Selection,
-    Space,
-    Sum,
-    fresh,
-    kept_positions,
-    make_sum,
-    mark,
-    norm,
-    size_after,
-    unify,
-)
+from .positions import Selection, kept_positions, size_after
+from .space import FROZEN, Conflict, Space, Sum, atoms, fresh, mark, norm, unify
 
 INEXACT = "inexact"  # remark, not a prohibition: selecting here changes a statistic (mean, variance, maximum)
 
@@ -232,19 +218,13 @@ class Resize:
 
     def touched(self, v: Value, axis: int) -> bool:
         """Whether the axis mentions an atom of the selection at all."""
-        return any(a in self.selection for a in _atoms_of(self.analysis.of(v)[axis]))
+        return any(a in self.selection for a in atoms(self.analysis.of(v)[axis]))
 
     def shape(self, v: Value) -> list[int]:
         return [self.size(v, i) for i in range(len(self.analysis.of(v)))]
 
     def memo(self, node: Node) -> dict[str, Any]:
         return self.analysis.memo.get(node, {})
-
-
-def _atoms_of(e: Space) -> Iterable[Any]:
-    from .space import atoms
-
-    return atoms(e)
 
 
 def _is_float(dtype: str) -> bool:
@@ -254,6 +234,3 @@ def _is_float(dtype: str) -> bool:
 def analyse(graph: Graph) -> Analysis:
     """Run the index analysis on a graph. Touches no weight data; near-linear in the number of nodes."""
     return Analysis(graph).run()
-
-
-__all__ = ["INEXACT", "UNIT", "Analysis", "Leaf", "Resize", "Role", "analyse", "make_sum"]

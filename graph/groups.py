@@ -13,7 +13,8 @@ import numpy as np
 from .analysis import INEXACT, Analysis, analyse
 from .errors import ConstraintError
 from .ir import Graph, Weight
-from .space import FROZEN, Atom, Leaf, Mark, Prod, Space, Sum, coordinates, mark, norm
+from .positions import coordinates
+from .space import FROZEN, Atom, Leaf, Mark, Prod, Space, Sum, mark, norm
 
 if TYPE_CHECKING:
     import networkx

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
+from foldline.graph.positions import coordinates, kept_positions, size_after, spread
 from foldline.graph.space import (
     UNIT,
     Conflict,
@@ -15,19 +13,17 @@ from foldline.graph.space import (
     Space,
     Sum,
     atoms,
-    coordinates,
     cut,
     factor,
     fresh,
-    kept_positions,
     make_prod,
     make_sum,
     norm,
     permute,
-    size_after,
-    spread,
     unify,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def meaning(e: Space) -> list[tuple[tuple[int, int], ...]]:
@@ -163,9 +159,7 @@ def test_cut_and_factor_keep_the_meaning(data: st.DataObject, size: int) -> None
 @given(st.data(), st.integers(2, 24))
 def test_kept_positions_agree_with_the_meaning(data: st.DataObject, size: int) -> None:
     e = data.draw(spaces(size))
-    selection = {
-        a: np.array(sorted(data.draw(st.sets(st.integers(0, a.size - 1), min_size=1)))) for a in atoms(e)
-    }
+    selection = {a: np.array(sorted(data.draw(st.sets(st.integers(0, a.size - 1), min_size=1)))) for a in atoms(e)}
     uid = {a.uid: set(k.tolist()) for a, k in selection.items()}
     expected = [j for j, pairs in enumerate(meaning(e)) if all(i in uid[u] for u, i in pairs)]
     assert kept_positions(e, selection).tolist() == expected
