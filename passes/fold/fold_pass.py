@@ -67,11 +67,11 @@ class Fold(Pass):
         graph.erase(node)
         into = ", ".join(biases)
         reason = f"absorbed by {into}, which stands {side} it"
-        return Decision(node.name, "folded", reason, {"into": list(biases), "side": side, "bias": biases})
+        return Decision(node.name, "folded", reason, {"scope": node.scope, "side": side, "bias": biases})
 
 
 def _refused(node: Node, reason: str) -> Decision:
-    return Decision(node.name, "refused", reason, {"op": node.op})
+    return Decision(node.name, "refused", reason, {"scope": node.scope})
 
 
 def _into_producer(value: Value, reader: Node, affine: Affine, captured: set[int]) -> Plan | Refusal:
