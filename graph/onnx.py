@@ -161,11 +161,9 @@ class ONNXGraph(Graph):
         return value
 
     def _weight(self, native: ir.Value, value: Value, tensor: ir.TensorProtocol) -> Weight:
-        key: Any = id(tensor)
-        if isinstance(tensor, ir.ExternalTensor):
-            key = (tensor.path, tensor.offset, tensor.length)
+        key = storage_key(native)
         weight = self._tied.get(key)
-        if weight is not None and onnx_native.constant_tensor(self.carriers[weight][0]) is not None:
+        if weight is not None and storage_key(self.carriers[weight][0]) == key:
             if native not in self.carriers[weight]:
                 self.carriers[weight].append(native)
             weight.aliases = tuple(v.name or "" for v in self.carriers[weight])
@@ -304,6 +302,16 @@ def load_onnx(model: str | Path | onnx.ModelProto | ir.Model, example_inputs: An
     graph = ONNXGraph(native, form=form, table=table)
     graph.source = source
     return graph
+
+
+def storage_key(native: ir.Value) -> Any:
+    """Equal for values that surely share their data: one tensor object, or one region of an external file."""
+    tensor = native.const_value if native.producer() is None else None
+    if tensor is None:
+        return native  # a Constant node
+    if isinstance(tensor, ir.ExternalTensor):
+        return (tensor.path, tensor.offset, tensor.length)
+    return id(tensor)
 
 
 def native_values(model: ir.Model) -> list[ir.Value]:

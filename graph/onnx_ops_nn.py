@@ -244,7 +244,7 @@ def resize(c: Native) -> Canon | None:
 def pixel_shuffle(c: Native) -> Canon:
     factor = c.attr("blocksize")
     if c.node.op_type == "SpaceToDepth":
-        return Canon("pixel_unshuffle", (0,), {"factor": factor, "mode": "dcr"})
+        return Canon("pixel_unshuffle", (0,), {"factor": factor, "mode": c.attr("mode", "DCR").lower()})
     return Canon("pixel_shuffle", (0,), {"factor": factor, "mode": c.attr("mode", "DCR").lower()})
 
 

@@ -222,6 +222,15 @@ class TestView:
         assert np.allclose(out, rand(2, 10) @ kept @ kept.T, rtol=1e-5)
 
 
+    def test_constants_spelled_as_attributes_stay_apart(self) -> None:
+        """Their tensors are made on the fly; two of them must never pass for one tied weight."""
+        lines = "".join(f"c{i} = Constant<value_floats = [{i}.0, {i}.5]>() h{i + 1} = Add(h{i}, c{i}) " for i in range(30))
+        text = f'<ir_version: 8, opset_import: ["" : 17]> g (float[2] h0) => (float[2] y) {{ {lines} y = Identity(h30) }}'
+        graph = load_onnx(onnx.parser.parse_model(text))
+        assert len(graph.weights) == 30 and all(len(w.aliases) == 1 for w in graph.weights.values())
+        assert [graph.weight(f"c{i}").numpy()[1] for i in range(30)] == [i + 0.5 for i in range(30)]
+
+
 CONTROL = {
     "if": """g (bool c, float[2] x) => (float[2] y) {
         w = Constant<value = float[2] {1, 2}>()
