@@ -214,7 +214,8 @@ def config_error(exc: ValidationError, model: type[BaseModel], owner: str) -> Co
     problems = exc.errors(include_url=False)
     # A misspelt required option is both unknown and missing: the first says more.
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(str(part) for part in problem["loc"]) or "(whole)"
+    key = ".".join(str(part) for part in problem["loc"])
+    said = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         options = sorted(model.model_fields)
         close = nearest(str(problem["loc"][-1]), options)
@@ -226,11 +227,14 @@ def config_error(exc: ValidationError, model: type[BaseModel], owner: str) -> Co
             hint=f"did you mean {close!r}?" if close else "`foldline passes NAME` lists the options",
         )
     described = model.model_fields.get(str(problem["loc"][0])) if problem["loc"] else None
+    if not key:  # the options contradict each other
+        name = getattr(model, "name", None) or owner
+        return ConfigError(f"{owner}: {said}", node=name, value=repr(problem.get("input"))[:120])
     return ConfigError(
-        f"{owner}: invalid option {key!r}: {problem['msg']}",
+        f"{owner}: invalid option {key!r}",
         node=key,
         value=repr(problem.get("input"))[:120],
-        expected=problem["msg"],
+        expected=said,
         hint=described.description if described is not None else None,
     )
 

@@ -6,10 +6,12 @@ import ast
 import importlib
 import tomllib
 from pathlib import Path
+from typing import Literal, get_origin
 
 import foldline as fl
 import pytest
 from foldline import passes as P
+from foldline.passes import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("graph", "passes", "backends", "cli")
@@ -114,8 +116,18 @@ def test_every_registered_pass_declares_itself() -> None:
             cls.name == name and cls.__doc__ and isinstance(cls.contract, P.Contract) and isinstance(cls.needs, P.Needs)
         )
         for option, info in cls.model_fields.items():
-            assert info.description, f"{name}.{option} has no docstring"
+            choices = get_origin(info.annotation) is Literal  # which may speak for themselves
+            assert info.description or choices, f"{name}.{option} has no docstring"
 
 
 def test_versions_agree() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == fl.__version__
+
+
+def test_documentation_lists_every_pass_and_option() -> None:
+    """docs/passes.md is what ``foldline passes --markdown`` prints."""
+    text = (ROOT / "docs" / "passes.md").read_text(encoding="utf-8")
+    for name in registry.BUILTIN:
+        assert f"\n## {name}\n" in text, f"run `foldline passes --markdown > docs/passes.md` for {name}"
+        for option in P.get(name).model_fields:
+            assert f"\n| {option} |" in text, f"run `foldline passes --markdown > docs/passes.md` for {name}.{option}"

@@ -203,6 +203,7 @@ def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
         ({"passes": ["toyswap", {"toycut": {"step": "two"}}]}, "passes[1].step", "valid integer"),
         ({"passes": [{"toycut": {}, "toyswap": {}}]}, "passes[0]", "one pass"),
         ({"passes": [], "name": "x"}, "passes", "at least 1"),
+        ({"passes": [{"prune": {"ratio": 0.5, "target": "macs(0.5)"}}]}, "passes[0].prune", "exactly one of"),
         ({"passes": ["toyswap"], "seed": -1}, "seed", "greater than or equal to 0"),
     ],
 )
