@@ -85,7 +85,7 @@ class Prune(Pass):
             raise ConstraintError(
                 "nothing was pruned",
                 found=f"{len(chosen)} prunable groups, none of which loses an index",
-                hint="raise the ratio, lower round_to or min_keep, shorten ignore; `foldline inspect` shows what is frozen",
+                hint="raise the ratio, lower round_to or min_keep, shorten ignore; `foldline inspect` shows the frozen",
             )
         oracle = self._oracle(groups, cut, ctx) if ctx.verify else None
         plan = select(groups, cut)
