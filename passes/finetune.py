@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ..graph.errors import ConfigError, ConstraintError
 from ..graph.execute import to_numpy
 from ..graph.ir import Graph
 from .base import Context, Contract, Decision, Needs, Outcome, Pass
+
+if TYPE_CHECKING:
+    from ..graph.onnx import ONNXGraph
 
 
 class FineTune(Pass):
@@ -55,7 +58,12 @@ class FineTune(Pass):
 
         train = self.function()
         torch.manual_seed(ctx.seed)
-        module = copy.deepcopy(graph.to_model()) if graph.kind == "fx" else _onnx_module(graph)
+        if graph.kind == "fx":
+            module = copy.deepcopy(graph.to_model())
+        else:
+            from ..graph.onnx_torch import to_torch
+
+            module = to_torch(_onnx(graph))
         modes = {name: m.training for name, m in module.named_modules()}
         train(module)
         for name, m in module.named_modules():
@@ -89,10 +97,12 @@ def resolve(text: str) -> Callable[[Any], Any]:
     return found
 
 
-def _onnx_module(graph: Graph) -> Any:
-    from ..graph.onnx_torch import to_torch
+def _onnx(graph: Graph) -> ONNXGraph:
+    from ..graph.onnx import ONNXGraph
 
-    return to_torch(graph)
+    if not isinstance(graph, ONNXGraph):
+        raise ConstraintError("only torch and ONNX graphs can be trained", node=graph.name, found=type(graph).__name__)
+    return graph
 
 
 def _take_back(graph: Graph, module: Any) -> dict[str, float]:
@@ -103,7 +113,7 @@ def _take_back(graph: Graph, module: Any) -> dict[str, float]:
     else:
         from ..graph.onnx_torch import write_back
 
-        write_back(module, graph)
+        write_back(module, _onnx(graph))
     changed = {}
     for name, old in before.items():
         new = graph.weights[name].numpy()
