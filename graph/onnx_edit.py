@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from . import onnx_attrs, onnx_insert, onnx_native
+from . import onnx_attrs, onnx_insert, onnx_load, onnx_native
 from .errors import ConstraintError
 from .ir import Node, Value, Weight
 
@@ -144,11 +144,16 @@ def untie(g: ONNXGraph, weight: Weight) -> list[Weight]:
             use.node.replace_input_with(use.idx, twin)
             made_value = g.constant_of(twin, operand=True)
             if made_value.weight is not None:
-                made_value.weight.kind, made_value.weight.trainable = weight.kind, weight.trainable
                 made.append(made_value.weight)
     for native in carriers[1:]:
         if not native.uses() and not native.is_graph_output() and native.producer() is None:
             g.model.graph.initializers.pop(native.name or "")
+    for part in made:  # what shared a tensor may now differ in its role: statistics are no parameters
+        native = g.carriers[part][0]
+        tensor = onnx_native.constant_tensor(native)
+        assert tensor is not None
+        part.kind = onnx_load.kind_of(native, tensor)
+        part.trainable = part.kind == "parameter" and tensor.dtype.is_floating_point()
     g.resync()
     g.touch()
     return made
@@ -231,6 +236,8 @@ def set_input(g: ONNXGraph, node: Node, position: int, value: Value | None) -> N
         native.resize_inputs(len(native.inputs) - 1)
     g.dirty.add(native)
     g.reread(node)
+    if old is not None:
+        _drop_unused(g, [old])
     g.touch()
 
 

@@ -150,8 +150,8 @@ def write_back(module: ONNXModule, graph: ONNXGraph) -> None:
 
 def _untie_statistics(graph: ONNXGraph) -> None:
     for weight in list(graph.weights.values()):
-        users = [n for v in graph.carriers.get(weight, []) for n, i in graph.view[v].uses if n.op == "batch_norm" and i in (3, 4)]
-        if len(users) > 1:
+        uses = [use for v in graph.carriers.get(weight, []) for use in graph.view[v].uses]
+        if len(uses) > 1 and any(n.op == "batch_norm" and i in (3, 4) for n, i in uses):
             graph.untie(weight)
 
 

@@ -13,6 +13,7 @@ import onnx.parser
 import pytest
 import torch
 from onnx import numpy_helper
+from support.timm_models import define_torchvision_operators
 from torch import nn
 
 from foldline.graph.errors import ConstraintError, FoldlineError, UnsupportedOp
@@ -47,6 +48,7 @@ def resnet() -> nn.Module:
 
 
 def bert() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    define_torchvision_operators()
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -58,6 +60,7 @@ def bert() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 class Llama(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        define_torchvision_operators()
         transformers = pytest.importorskip("transformers")
         config = transformers.LlamaConfig(
             vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
