@@ -229,6 +229,7 @@ def apply_plan(target: Any, plan: Plan | str | Path, example_inputs: Any = None,
     if hasattr(target, "param_groups") and hasattr(target, "state"):
         return _plan_on_optimizer(target, plan, model)
     if isinstance(target, Graph):
+        target.separate_shared()
         groups = axis_groups(target)
         select(groups, groups_of_plan(groups, plan))
         return target

@@ -216,6 +216,14 @@ class Graph(abc.ABC):
     def to_model(self) -> Any:
         """The model in the form it came in (fx: nn.Module; onnx: onnx_ir.Model or ModelProto)."""
 
+    def separate_shared(self) -> int:
+        """Give vectors that several nodes share copies of their own; returns how many were made.
+
+        Exporters store equal tensors once (two zero biases of one length), which would tie layers that have nothing
+        to do with each other. Only where sharing is an accident of the format: FX keeps its modules' parameters.
+        """
+        return 0
+
     @abc.abstractmethod
     def bind(self, batch: Any) -> dict[str, np.ndarray]:
         """One call's arguments as {graph input name: array}.

@@ -48,6 +48,7 @@ class ONNXGraph(Graph):
         self.carriers: dict[Weight, list[ir.Value]] = {}
         self.dirty: set[ir.Node] = set()
         self.moved: set[ir.Value] = set()
+        self.idle: list[ir.Value] = []
         self.baked = False
         self._sessions: dict[tuple[str, ...], Session] = {}
         self._tied: dict[Any, Weight] = {}
@@ -232,7 +233,17 @@ class ONNXGraph(Graph):
         """Give each use of a shared weight a copy of its own (exporters merge tensors that are merely equal)."""
         return onnx_edit.untie(self, weight)
 
+    def separate_shared(self) -> int:
+        shared = [
+            w
+            for w in self.weights.values()
+            if len(w.shape) == 1 and w.size > 1 and w.dtype.startswith(("float", "bfloat"))
+            if w.value is not None and len({n.name for n, _ in w.value.uses}) > 1
+        ]
+        return sum(len(self.untie(w)) - 1 for w in shared)
+
     def refresh(self) -> None:
+        onnx_edit.drop_idle(self)
         if self.baked:
             onnx_edit.drop_dead_sizes(self)
         self.table.update(self.dirty, self.moved)
@@ -248,6 +259,7 @@ class ONNXGraph(Graph):
         nodes = dict(zip(self.model.graph, model.graph, strict=True))
         other.dirty = {nodes[n] for n in self.dirty if n in nodes}
         other.moved = {pairs[v] for v in self.moved if v in pairs}
+        other.idle = [pairs[v] for v in self.idle if v in pairs]
         other.source, other.baked, other.notes = self.source, self.baked, list(self.notes)
         return other
 

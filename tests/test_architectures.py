@@ -12,7 +12,7 @@ import foldline as fl
 from foldline import passes as P
 from foldline.graph.execute import run_graph, synthesize_inputs
 from tests.support import timm_models
-from tests.support.frontends import exported
+from tests.support.frontends import exported, exported_legacy
 
 VISION = (
     *("resnet50", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "densenet121", "regnety_004"),
@@ -55,7 +55,10 @@ def build(name: str) -> tuple[torch.nn.Module, Any]:
 @pytest.mark.parametrize("name", [*VISION, *TEXT])
 def test_generic_call(name: str, front: str) -> None:
     model, inputs = build(name)
-    given = model if front == "fx" else exported(model, inputs)
+    given: Any = model
+    if front == "onnx":
+        # torch 2.13's newer exporter fails on T5's views; its older one writes a file of another style.
+        given = exported_legacy(model, inputs) if name == "t5" else exported(model, inputs)
     graph = fl.load(given, inputs)
     shapes = [v.hint for v in graph.outputs]
     result = P.prune(given, inputs, ratio=0.5, verify=True)

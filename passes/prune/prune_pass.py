@@ -65,6 +65,7 @@ class Prune(Pass):
         return self
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        graph.separate_shared()
         groups = axis_groups(graph)
         decisions: list[Decision] = []
         chosen = self._candidates(groups, decisions)

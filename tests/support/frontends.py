@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import warnings
 from typing import Any
 
 import onnx
@@ -40,6 +41,17 @@ def exported(module: torch.nn.Module, inputs: Any) -> onnx.ModelProto:
     assert program is not None
     buffer = io.BytesIO()
     program.save(buffer)
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def exported_legacy(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> onnx.ModelProto:
+    """The ONNX file that torch's older, TorchScript-based exporter writes (opset 17)."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (), buffer, kwargs=inputs, dynamo=False, opset_version=17, input_names=list(inputs), verbose=False
+        )
     return onnx.load_from_string(buffer.getvalue())
 
 
