@@ -41,9 +41,13 @@ class FXEdits(FXView):
             new = new.index_select(axis, index)
         self._put_tensor(weight, new)
 
-    def _put_tensor(self, weight: Weight, new: torch.Tensor) -> None:
+    def adopt_tensor(self, weight: Weight, tensor: torch.Tensor) -> None:
+        """Replace the data of a weight by this very tensor (no copy, no wrapper)."""
+        self._put_tensor(weight, tensor, wrap=False)
+
+    def _put_tensor(self, weight: Weight, new: torch.Tensor, wrap: bool = True) -> None:
         old = self.tensors[weight.name]
-        if weight.kind == "parameter":
+        if weight.kind == "parameter" and wrap:
             floating = new.is_floating_point() or new.is_complex()
             new = torch.nn.Parameter(new.detach(), requires_grad=old.requires_grad and floating)
         self.tensors[weight.name] = new

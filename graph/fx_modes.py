@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,13 @@ class TracedModule(fx.GraphModule):
             k: v for k, v in self.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")
         }
         return _rebuild, (_encode(self.graph), list(info.orig_args), info.in_spec, info.out_spec, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        rebuild, (nodes, names, in_spec, out_spec, state) = self.__reduce__()
+        copied: fx.GraphModule = rebuild(nodes, names, in_spec, out_spec, {})
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        return copied
 
 
 class _Ref:
@@ -199,5 +207,5 @@ def _follow_mode(module: fx.GraphModule, node: fx.Node) -> None:
     path = ".".join(p for p in (scope_of(node), "training") if p)
     _owner(module, path)
     with module.graph.inserting_before(node):
-        flag = module.graph.get_attr(path)
+        flag = module.graph.create_node("get_attr", path)
     node.update_arg(position, flag)

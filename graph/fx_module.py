@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .fx_layers import update_layers
 from .fx_modes import trainable_module
+from .fx_partial import culprit, replace_layers
 from .fx_patch import Patch, apply_patches, plan_patches
 from .fx_run import interpret
 from .fx_tensors import storage_key
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .fx_view import FXView
 
 _MAX_TRIALS = 48
+_MAX_REPLACEMENTS = 4
 
 
 def write_back(graph: FXView) -> nn.Module:
@@ -38,6 +41,8 @@ def write_back(graph: FXView) -> nn.Module:
         twin = _restructured(graph, tensors)
     except _NotExpressible as problem:
         reason = str(problem)
+    except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
+        reason = f"the module cannot be copied ({error})"
     else:
         check = _Check(graph)
         failure = check(twin)
@@ -53,8 +58,38 @@ def write_back(graph: FXView) -> nn.Module:
             reason = failure
             apply_patches(undo)
         reason += _unpatched(graph)
+        if _replaced(graph, twin, check, tensors, plan, reason):
+            return twin
     graph.notes.append(f"to_model returned a GraphModule instead of {type(graph.source.module).__name__}: {reason}")
     return trainable_module(graph, tensors, _unused(graph))
+
+
+def _replaced(
+    graph: FXView,
+    twin: nn.Module,
+    check: _Check,
+    tensors: dict[str, torch.Tensor],
+    plan: list[list[list[Patch]]],
+    reason: str,
+) -> bool:
+    """Try to keep the root class by replacing the layers whose own forward cannot be expressed."""
+    apply_patches([p for group in plan for p in group[0]])
+    done: list[str] = []
+    for _ in range(_MAX_REPLACEMENTS):
+        failure = check(twin)
+        if failure is None:
+            graph.notes.append(f"to_model turned {', '.join(done)} into GraphModules: {reason}")
+            return True
+        path = culprit(check.error, twin) if check.error is not None else None
+        if not path or path in done:
+            return False
+        try:
+            done += (made := replace_layers(graph, twin, path, check.call, tensors))
+        except Exception:  # user code runs here, on recorded arguments; whatever it raises, the whole graph remains
+            return False
+        if not made:
+            return False
+    return False
 
 
 class _NotExpressible(Exception):
@@ -171,20 +206,16 @@ def _ordered(items: dict[str, nn.Module]) -> Any:
 
 
 def _choices(plan: list[list[list[Patch]]]) -> Iterator[list[Patch]]:
-    """Sets of patches to try: groups hold alternatives; the first of each comes first."""
-    counts = [len(group) for group in plan]
+    """Sets of patches to try: the first alternative of every group, then sets that differ from it in few groups."""
     tried = 0
-    index = [0] * len(plan)
-    while tried < _MAX_TRIALS:
-        yield [p for group, i in zip(plan, index, strict=True) for p in group[i]]
-        tried += 1
-        for place in range(len(index)):
-            index[place] += 1
-            if index[place] < counts[place]:
-                break
-            index[place] = 0
-        else:
-            return
+    for count in range(min(len(plan), 3) + 1):
+        for places in itertools.combinations(range(len(plan)), count):
+            for picks in itertools.product(*(range(1, len(plan[p])) for p in places)):
+                if tried == _MAX_TRIALS:
+                    return
+                index = dict(zip(places, picks, strict=True))
+                yield [p for g, group in enumerate(plan) for p in group[index.get(g, 0)]]
+                tried += 1
 
 
 class _Check:
@@ -200,7 +231,8 @@ class _Check:
         self.expected, _ = interpret(graph, inputs, (), False, self.random)
 
     def __call__(self, module: nn.Module) -> str | None:
-        """None if the module agrees with the graph, else why not."""
+        """None if the module agrees with the graph, else why not (``self.error`` holds what it raised)."""
+        self.error: Exception | None = None
         flags = [(m, m.training) for m in module.modules()]
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.random.items():
@@ -216,7 +248,7 @@ class _Check:
                 args, kwargs = self.call
                 result = torch.func.functional_call(module, state, args, kwargs)
         except Exception as error:
-            line = user_line(error)
+            line, self.error = user_line(error), error
             return f"its forward fails ({str(error).strip().splitlines()[0][:160]}) at {_short(line)}"
         finally:
             for m, flag in flags:

@@ -101,6 +101,8 @@ def plan_patches(graph: FXView, root: nn.Module) -> list[list[list[Patch]]]:
         for name, value in list(vars(module).items()):
             if name.startswith("_") or name == "training":
                 continue
+            if isinstance(module, nn.MultiheadAttention) and name != "num_heads":
+                continue  # update_layers keeps the rest
             options = _options(changes, path, value)
             if options is None or options == [value]:
                 continue
@@ -108,7 +110,10 @@ def plan_patches(graph: FXView, root: nn.Module) -> list[list[list[Patch]]]:
             groups.setdefault(key, []).append((module, name, options))
     plan: list[list[list[Patch]]] = []
     for (_, _, _, count), members in groups.items():
-        plan.append([[Patch(m, n, options[k]) for m, n, options in members] for k in range(count)])
+        group = [[Patch(m, n, options[k]) for m, n, options in members] for k in range(count)]
+        if all(options[-1] != getattr(m, n) for m, n, options in members):
+            group.append([])  # the size may be equal by chance
+        plan.append(group)
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .errors import ConstraintError
 from .fx_functional import packet
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 def meta_of(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
@@ -22,6 +25,8 @@ def meta_of(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 def propagate(mode: FakeTensorMode, node: fx.Node) -> Any:
     """Fake result of one call. ConstraintError naming the node where the operands' shapes do not fit."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    level = _FAKE_LOG.level
+    _FAKE_LOG.setLevel(logging.CRITICAL)  # torch logs a traceback of what is raised as a ConstraintError here
     try:
         with mode, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -33,6 +38,8 @@ def propagate(mode: FakeTensorMode, node: fx.Node) -> Any:
             found=f"{node.target} on {shapes}",
             hint="every tensor that shares the edited axis must be cut alike",
         ) from error
+    finally:
+        _FAKE_LOG.setLevel(level)
 
 
 def sync_baked_sizes(node: fx.Node) -> bool:

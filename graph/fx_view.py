@@ -28,6 +28,7 @@ from .ir import Dim, Graph, Node, Value, Weight
 class Record:
     """A node as it was loaded."""
 
+    op: str
     scope: str
     attrs: dict[str, Any]
     shapes: list[tuple[Dim, ...] | None]
@@ -297,7 +298,7 @@ class FXView(Graph):
 
     def snapshot(self) -> dict[str, Record]:
         """Attributes, scopes and output shapes by node name, to see later what edits changed."""
-        return {n.name: Record(n.scope, dict(n.attrs), [v.shape for v in n.outputs]) for n in self.nodes}
+        return {n.name: Record(n.op, n.scope, dict(n.attrs), [v.shape for v in n.outputs]) for n in self.nodes}
 
     def state_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter and buffer of the caller's module, tied ones under each name."""
