@@ -48,6 +48,7 @@ class ONNXGraph(Graph):
         self.carriers: dict[Weight, list[ir.Value]] = {}
         self.dirty: set[ir.Node] = set()
         self.moved: set[ir.Value] = set()
+        self.orphans: dict[ir.Value, None] = {}
         self.idle: list[ir.Value] = []
         self.baked = False
         self._sessions: dict[tuple[str, ...], Session] = {}
@@ -244,6 +245,7 @@ class ONNXGraph(Graph):
 
     def refresh(self) -> None:
         onnx_edit.drop_idle(self)
+        onnx_edit.drop_orphans(self)
         if self.baked:
             onnx_edit.drop_dead_sizes(self)
         self.table.update(self.dirty, self.moved)
@@ -260,12 +262,13 @@ class ONNXGraph(Graph):
         other.dirty = {nodes[n] for n in self.dirty if n in nodes}
         other.moved = {pairs[v] for v in self.moved if v in pairs}
         other.idle = [pairs[v] for v in self.idle if v in pairs]
+        other.orphans = {pairs[v]: None for v in self.orphans if v in pairs}
         other.source, other.baked, other.notes = self.source, self.baked, list(self.notes)
         return other
 
     def to_model(self) -> ir.Model | onnx.ModelProto:
         """A copy of the model as it is now: ModelProto if one came in, else onnx_ir.Model (sharing weight data)."""
-        if self.dirty or self.moved:
+        if self.dirty or self.moved or self.orphans:
             self.refresh()
         if self.form == "proto":
             return onnx_native.serialize(self.model)
@@ -284,7 +287,7 @@ class ONNXGraph(Graph):
         (a BackendError) where the runtime fails.
         """
         if self.dirty or self.moved:
-            self.refresh()
+            self.settle()
         key = tuple(taps)
         if key not in self._sessions:
             while len(self._sessions) >= SESSIONS:

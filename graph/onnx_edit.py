@@ -237,7 +237,7 @@ def set_input(g: ONNXGraph, node: Node, position: int, value: Value | None) -> N
     g.dirty.add(native)
     g.reread(node)
     if old is not None:
-        _drop_unused(g, [old])
+        g.idle.append(old)
     g.touch()
 
 
@@ -260,7 +260,14 @@ def replace_uses(g: ONNXGraph, old: Value, new: Value, except_nodes: Iterable[No
         if owner in g.by_native:
             g.reread(g.by_native[owner])
     g.moved.add(target)
+    g.orphans[source] = None
     g.touch()
+
+
+def drop_orphans(g: ONNXGraph) -> None:
+    """Forget stored values that lost their last reader since the last refresh (until then they may be wired again)."""
+    orphans, g.orphans = list(g.orphans), {}
+    _drop_unused(g, [v for v in orphans if v in g.view])
 
 
 def _top(node: ir.Node, g: ONNXGraph) -> ir.Node:
@@ -377,6 +384,12 @@ def erase(g: ONNXGraph, node: Node) -> None:
     g.dirty.discard(native)
     _drop_unused(g, operands)
     g.touch()
+
+
+def drop_idle(g: ONNXGraph) -> None:
+    """Forget stored operands that were replaced and that nothing has taken up again."""
+    idle, g.idle = g.idle, []
+    _drop_unused(g, idle)
 
 
 def _drop_unused(g: ONNXGraph, candidates: Iterable[ir.Value]) -> None:

@@ -15,7 +15,6 @@ from google.protobuf.message import DecodeError
 from . import onnx_native as native
 from .errors import ConstraintError, ModelFileError
 
-FOLDED = "pkg.onnxscript.optimizer.folded_from"
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
@@ -102,9 +101,6 @@ def kind_of(value: ir.Value, tensor: ir.TensorProtocol) -> str:
     recorded = value.metadata_props.get(KIND, "")
     if recorded in ("PARAMETER", "BUFFER"):
         return recorded.lower()
-    folded = value.metadata_props.get(FOLDED, "")
-    if folded and "." not in folded:  # computed from no module's tensor: a table, a mask
-        return "constant"
     roles = {(use.node.op_type, use.idx) for use in value.uses()}
     if roles and all(_is_statistic(op, i) for op, i in roles):
         return "buffer"

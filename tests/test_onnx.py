@@ -589,6 +589,9 @@ class TestEdits:
         graph.set_input(conv, 2, bias)
         assert np.array_equal(graph.run({"x": rand(1, 2, 5)})[0][0], with_bias)
         assert (conv, 2) in bias.uses
+        graph.set_input(conv, 2, None)
+        graph.refresh()
+        assert "b" not in graph.weights and [t.name for t in graph.to_model().graph.initializer] == ["w"]
 
     def test_wrong_uses_are_refused(self) -> None:
         graph = load_onnx(attention())

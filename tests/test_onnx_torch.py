@@ -98,7 +98,7 @@ def test_equals_onnxruntime_and_trains(name: str, opset: int) -> None:
     loss = sum(t.square().sum() for t in (found if isinstance(found, tuple) else (found,)))
     loss.backward()
     trained = [p for p in twin.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
-    assert len(trained) >= 0.9 * len(list(twin.parameters()))
+    assert len(trained) >= 0.8 * len(list(twin.parameters()))
     assert {n for n, _ in twin.named_parameters()} <= set(twin.weight_names)
 
 
