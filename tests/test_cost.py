@@ -7,8 +7,9 @@ import json
 import onnx
 import pytest
 import torch
-from foldline.graph.cost import cost, weight_bytes
+from foldline.graph.cost import cost, is_parameter, weight_bytes
 from foldline.graph.fx import load_torch
+from foldline.graph.ir import Node, Value, Weight
 from foldline.graph.onnx import load_onnx
 from support.resnet_cifar import ResNetCifar
 from support.timm_models import create
@@ -159,7 +160,20 @@ def test_quantized_data_stands_for_its_parameter_and_scales_do_not() -> None:
     json.dumps(found.to_dict())
 
 
-def test_four_bit_weights_count_half_a_byte() -> None:
-    from foldline.graph.ir import Weight
+def test_roles_decide_what_a_parameter_is() -> None:
+    def weight(op: str, position: int, dtype: str = "float32", kind: str = "parameter") -> Weight:
+        value = Value("w", (3,), (3,), dtype)
+        value.weight = Weight("w", (3,), dtype, kind, load=lambda: None, value=value)
+        value.uses = [(Node("n", op, [], []), position)]
+        return value.weight
 
+    assert is_parameter(weight("conv", 1)) and is_parameter(weight("batch_norm", 1))
+    assert is_parameter(weight("dequantize", 0, "int8", "constant"))
+    for op, position in (("batch_norm", 3), ("batch_norm", 4), ("quantize", 1), ("dequantize", 1)):
+        assert not is_parameter(weight(op, position)), op
+    assert not is_parameter(weight("gather", 1, "int64"))
+    assert not is_parameter(weight("mul", 1, "float32", "buffer"))
+
+
+def test_four_bit_weights_count_half_a_byte() -> None:
     assert weight_bytes(Weight("w", (3, 3), "int4", "parameter", load=lambda: None)) == 5

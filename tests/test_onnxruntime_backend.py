@@ -66,6 +66,27 @@ def test_quantized_graphs_become_integer_kernels_with_the_numbers_of_the_graph(f
     assert sqnr_db(model(batches[0]).detach().numpy(), artifact.run(batches[0])[0]) > 25
 
 
+def test_a_result_with_float_readers_still_leaves_through_q_alone() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.a(x)
+            return torch.tanh(y) + self.b(y), y
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6)
+    net = Net().eval()
+    graph = quantize(load_torch(net, x), [x])
+    assert CPU.check(graph) == []
+    artifact = CPU.lower(graph, x)
+    assert artifact.profile().counts["QLinearConv"] == 2
+    for expected, found in zip(net(x), artifact.run(x), strict=True):
+        assert sqnr_db(expected.detach().numpy(), found) > 30
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_square_three_dimensional_linear_layers_are_integer_and_right(dynamic: bool) -> None:
     torch.manual_seed(0)

@@ -102,6 +102,15 @@ def test_activations_quantize_as_onnxruntime_does(low: float, high: float) -> No
     assert p.dequantize(p.quantize(np.zeros((1, 1), np.float32))) == 0
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.3, 2.9), (0.0, 6.0), (-4.0, -1.0), (-7.0, 0.01)])
+def test_the_range_is_covered_to_half_a_step(low: float, high: float) -> None:
+    p = range_params(low, high, UINT8)
+    x = np.linspace(min(low, 0), max(high, 0), 1001, dtype=np.float32)
+    # The zero point is rounded too, so up to half a step is clipped at one end.
+    assert np.abs(p.dequantize(p.quantize(x)) - x).max() <= p.scale * (0.5 + 1e-3)
+    assert np.unique(p.quantize(x)).size >= 255
+
+
 def test_weights_quantize_per_channel_as_onnxruntime_does() -> None:
     w = np.random.default_rng(0).standard_normal((6, 10)).astype(np.float32)
     w[2] = 0

@@ -130,12 +130,14 @@ def _rename(model: ir.Model, inputs: list[str], outputs: list[str]) -> None:
 
 
 def _set_name(model: ir.Model, value: ir.Value, name: str) -> None:
-    stored = value.name in model.graph.initializers and model.graph.initializers[value.name] is value
-    if stored:
-        del model.graph.initializers[value.name]
-    value.name = name
-    if stored:
-        model.graph.initializers[name] = value
+    stored = model.graph.initializers
+    old = value.name or ""
+    if stored.get(old) is value:
+        del stored[old]
+        value.name = name
+        stored[name] = value
+    else:
+        value.name = name
 
 
 def _cause(exc: BaseException) -> str:
