@@ -27,10 +27,10 @@ def build(name: str) -> tuple[Any, Any]:
 
     torch.manual_seed(0)
     if name.startswith("llama"):
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from tests.support.timm_models import transformers
 
         layers, big = (32, True) if name == "llama7b" else (int(name[5:]), False)
-        config = LlamaConfig(
+        config = transformers().LlamaConfig(
             hidden_size=4096 if big else 256,
             intermediate_size=11008 if big else 688,
             num_hidden_layers=layers,
@@ -40,7 +40,7 @@ def build(name: str) -> tuple[Any, Any]:
             use_cache=False,
         )
         with torch.device("meta" if big else "cpu"):
-            model = LlamaForCausalLM(config).eval()
+            model = transformers().LlamaForCausalLM(config).eval()
             ids = torch.zeros(2, 16, dtype=torch.long)
         return model, {"input_ids": ids}
     from tests.support.timm_models import create
