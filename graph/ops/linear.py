@@ -234,4 +234,49 @@ def _gather(an: Analysis, node: Node) -> None:
     )
 
 
+@rule("gather_elements")
+def _gather_elements(an: Analysis, node: Node) -> None:
+    data, indices = node.inputs
+    assert data is not None and indices is not None
+    axis, out = node.attrs["axis"], []
+    for i, (e, own) in enumerate(zip(an.of(data), an.of(indices), strict=True)):
+        if i == axis:
+            an.freeze([e, own], "indexed by data", node)
+            out.append(own)
+        elif e.size == own.size:
+            # Entry i of the index reads entry i of the data: the two run in step.
+            out.append(an.tie(e, own, node))
+        else:
+            an.freeze([e, own], "read up to the length of an index tensor", node)
+            out.append(own)
+    an.no_scale(out, node, "positions of an index tensor")
+    an.set(node.output, [norm(e) for e in out])
+
+
+@rule("gather_nd")
+def _gather_nd(an: Analysis, node: Node) -> None:
+    data, *indices = node.inputs
+    assert data is not None
+    axes = list(node.attrs["axes"])
+    spaces, zero = an.of(data), an.zeros(data)
+    an.freeze([spaces[a] for a in axes], "indexed by data", node)
+    given = [v for v in indices if v is not None]
+    for v in given:
+        an.freeze(list(an.of(v)), "positions of an index tensor", node)
+    count = max(len(an.of(v)) for v in given)
+    passing = [i for i in range(len(spaces)) if i not in axes]
+    # numpy puts the index axes where the indexed axes were if those stand together, in front otherwise.
+    at = axes[0] if axes == list(range(axes[0], axes[0] + len(axes))) else 0
+    assert node.output.hint is not None
+    middle = [an.frozen(n, "positions of an index tensor", node) for n in node.output.hint[at : at + count]]
+    for i in passing:
+        an.role(data, i, 1, node)
+    before, after = passing[:at], passing[at:]
+    an.set(
+        node.output,
+        [*[spaces[i] for i in before], *middle, *[spaces[i] for i in after]],
+        [*[zero[i] for i in before], *[False] * count, *[zero[i] for i in after]],
+    )
+
+
 __all__ = ["broadcast", "contract"]
