@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from . import onnx_edit, onnx_load, onnx_native
+from . import onnx_edit, onnx_load, onnx_native, onnx_place, onnx_sizes, onnx_weights
 from .errors import ConstraintError
 from .ir import Graph, Node, Value, Weight
 from .onnx_ops import Canon, canonicalize
@@ -48,7 +48,6 @@ class ONNXGraph(Graph):
         self.carriers: dict[Weight, list[ir.Value]] = {}
         self.dirty: set[ir.Node] = set()
         self.moved: set[ir.Value] = set()
-        self.orphans: dict[ir.Value, None] = {}
         self.idle: list[ir.Value] = []
         self.baked = False
         self._sessions: dict[tuple[str, ...], Session] = {}
@@ -89,11 +88,11 @@ class ONNXGraph(Graph):
         self.view = {k: v for k, v in self.view.items() if k in alive}
         self.values = {v.name: v for k, v in self.view.items() if k.name}
         self.inputs = [self.value_of(v) for v in graph.inputs]
-        for value in self.values.values():
-            value.is_output = False
+        for view in self.values.values():
+            view.is_output = False
         self.outputs = [self.value_of(v) for v in graph.outputs]
-        for value in self.outputs:
-            value.is_output = True
+        for view in self.outputs:
+            view.is_output = True
         self._sort_weights(stored)
         self._link()
 
@@ -102,8 +101,12 @@ class ONNXGraph(Graph):
         name, i = base, 1
         while name in used:
             name, i = f"{base}#{i}", i + 1
-        origin = native.op_type if native.domain in onnx_native.STANDARD_DOMAINS else f"{native.domain}::{native.op_type}"
-        return Node(name, "opaque", [], [], origin=origin, scope=scope_of(native), location=location_of(native), native=native)
+        origin = (
+            native.op_type if native.domain in onnx_native.STANDARD_DOMAINS else f"{native.domain}::{native.op_type}"
+        )
+        return Node(
+            name, "opaque", [], [], origin=origin, scope=scope_of(native), location=location_of(native), native=native
+        )
 
     def _read(self, node: Node, canon: Canon) -> None:
         native: ir.Node = node.native
@@ -158,7 +161,9 @@ class ONNXGraph(Graph):
         value.literal = None
         if scalar or (not operand and value.weight is None and tensor.size <= LITERAL):
             value.literal = tensor.numpy()
-        if value.weight is None and ((operand and not scalar) or value.literal is None or (scalar and is_float and native.is_initializer())):
+        if value.weight is None and (
+            (operand and not scalar) or value.literal is None or (scalar and is_float and native.is_initializer())
+        ):
             value.weight = self._weight(native, value, tensor)
         return value
 
@@ -198,13 +203,13 @@ class ONNXGraph(Graph):
         self._sessions.clear()
 
     def set_weight(self, weight: Weight, data: np.ndarray) -> None:
-        onnx_edit.set_weight(self, weight, data)
+        onnx_weights.set_weight(self, weight, data)
 
     def slice_weight(self, weight: Weight, kept: dict[int, np.ndarray]) -> None:
-        onnx_edit.slice_weight(self, weight, kept)
+        onnx_weights.slice_weight(self, weight, kept)
 
     def add_weight(self, name: str, data: np.ndarray, *, trainable: bool = False) -> Value:
-        return onnx_edit.add_weight(self, name, data, trainable=trainable)
+        return onnx_weights.add_weight(self, name, data, trainable=trainable)
 
     def set_attr(self, node: Node, **attrs: Any) -> None:
         onnx_edit.set_attr(self, node, attrs)
@@ -232,7 +237,7 @@ class ONNXGraph(Graph):
 
     def untie(self, weight: Weight) -> list[Weight]:
         """Give each use of a shared weight a copy of its own (exporters merge tensors that are merely equal)."""
-        return onnx_edit.untie(self, weight)
+        return onnx_weights.untie(self, [weight])[0]
 
     def separate_shared(self) -> int:
         shared = [
@@ -241,16 +246,19 @@ class ONNXGraph(Graph):
             if len(w.shape) == 1 and w.size > 1 and w.dtype.startswith(("float", "bfloat"))
             if w.value is not None and len({n.name for n, _ in w.value.uses}) > 1
         ]
-        return sum(len(self.untie(w)) - 1 for w in shared)
+        return sum(len(group) - 1 for group in onnx_weights.untie(self, shared)) if shared else 0
 
     def refresh(self) -> None:
-        onnx_edit.drop_idle(self)
-        onnx_edit.drop_orphans(self)
+        onnx_place.drop_idle(self)
         if self.baked:
-            onnx_edit.drop_dead_sizes(self)
+            onnx_sizes.drop_dead_sizes(self)
+        self.settle()
+
+    def settle(self) -> None:
+        """Recompute shapes and view, removing nothing."""
         self.table.update(self.dirty, self.moved)
         self.dirty, self.moved = set(), set()
-        onnx_edit.write_shapes(self)
+        onnx_place.write_shapes(self)
         self.resync()
         self.touch()
 
@@ -262,13 +270,12 @@ class ONNXGraph(Graph):
         other.dirty = {nodes[n] for n in self.dirty if n in nodes}
         other.moved = {pairs[v] for v in self.moved if v in pairs}
         other.idle = [pairs[v] for v in self.idle if v in pairs]
-        other.orphans = {pairs[v]: None for v in self.orphans if v in pairs}
         other.source, other.baked, other.notes = self.source, self.baked, list(self.notes)
         return other
 
     def to_model(self) -> ir.Model | onnx.ModelProto:
         """A copy of the model as it is now: ModelProto if one came in, else onnx_ir.Model (sharing weight data)."""
-        if self.dirty or self.moved or self.orphans:
+        if self.dirty or self.moved or self.idle:
             self.refresh()
         if self.form == "proto":
             return onnx_native.serialize(self.model)

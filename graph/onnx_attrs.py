@@ -11,6 +11,7 @@ import onnx_ir as ir
 from . import onnx_native
 from .errors import ConstraintError, UnsupportedOp
 from .ir import Node
+from .onnx_place import adopt, drop_unused, fresh, new_constant, put_constant
 
 if TYPE_CHECKING:
     from .onnx import ONNXGraph
@@ -49,8 +50,8 @@ def slot_of(node: Node, position: int) -> int:
         slot = position
     if slot is None:
         raise ConstraintError(
-            f"{node.origin} takes no operand at position {position}", node=node.name, expected=f"below {len(node.inputs)}",
-            found=position,
+            f"{node.origin} takes no operand at position {position}", node=node.name,
+            expected=f"below {len(node.inputs)}", found=position,
         )  # fmt: skip
     return slot
 
@@ -114,13 +115,17 @@ def write_ints(g: ONNXGraph, node: Node, position: int, new: Ints) -> None:
         if flat.shape != data.shape or not np.array_equal(flat, data):
             write_constant(g, node, position, flat, label)
         return
-    if old is None or all(n is not None for n in new) or len(new) != len(g.table.elements[old].ints() if old in g.table.elements else new):
+    if (
+        old is None
+        or all(n is not None for n in new)
+        or len(new) != len(g.table.elements[old].ints() if old in g.table.elements else new)
+    ):
         shape = (len(new),) if old is None or g.table.info[old].a != () else ()
         write_constant(g, node, position, _complete(node, new, dtype).reshape(shape), label)
         return
     pieces = _pieces(g, node, old, new, dtype, label)
-    joined = ir.Node("", "Concat", pieces, [ir.AttrInt64("axis", 0)], name=g_fresh(g, label))
-    joined.outputs[0].name = g_fresh(g, f"{label}_joined")
+    joined = ir.Node("", "Concat", pieces, [ir.AttrInt64("axis", 0)], name=fresh(g, label))
+    joined.outputs[0].name = fresh(g, f"{label}_joined")
     place_before(g, node, [joined])
     native.replace_input_with(position, joined.outputs[0])
 
@@ -163,8 +168,8 @@ def _pieces(g: ONNXGraph, node: Node, old: ir.Value, new: Ints, dtype: Any, labe
                 j += 1
             if want[i] is None:
                 bounds = [_constant(g, f"{label}_{what}", [at], np.int64) for what, at in (("from", i), ("to", j))]
-                cut = ir.Node("", "Slice", [part, *bounds], name=g_fresh(g, f"{label}_slice"))
-                cut.outputs[0].name = g_fresh(g, f"{label}_kept")
+                cut = ir.Node("", "Slice", [part, *bounds], name=fresh(g, f"{label}_slice"))
+                cut.outputs[0].name = fresh(g, f"{label}_kept")
                 place_before(g, node, [cut])
                 pieces.append(cut.outputs[0])
             else:
@@ -174,28 +179,16 @@ def _pieces(g: ONNXGraph, node: Node, old: ir.Value, new: Ints, dtype: Any, labe
 
 
 def _constant(g: ONNXGraph, name: str, data: Any, dtype: Any) -> ir.Value:
-    from .onnx_edit import new_constant
-
     return new_constant(g, name, np.asarray(data, dtype))
 
 
-def g_fresh(g: ONNXGraph, name: str) -> str:
-    from .onnx_edit import fresh
-
-    return fresh(g, name)
-
-
 def place_before(g: ONNXGraph, node: Node, made: list[ir.Node]) -> None:
-    from .onnx_edit import adopt
-
     g.model.graph.insert_before(node.native, made)
     adopt(g, made, g.nodes.index(node), node.scope)
 
 
 def write_constant(g: ONNXGraph, node: Node, position: int, data: np.ndarray, label: str) -> None:
     """Make a native operand read this constant: in place if nothing else reads the old one, else a new tensor."""
-    from .onnx_edit import _drop_unused, put_constant
-
     native: ir.Node = node.native
     old = native.inputs[position] if position < len(native.inputs) else None
     alone = old is not None and len(old.uses()) == 1 and not old.is_graph_output()
@@ -207,7 +200,7 @@ def write_constant(g: ONNXGraph, node: Node, position: int, data: np.ndarray, la
         native.resize_inputs(position + 1)
     native.replace_input_with(position, _constant(g, label, data, data.dtype))
     if old is not None:
-        _drop_unused(g, [old])
+        drop_unused(g, [old])
 
 
 def _operand(position: int, since: int, name: str) -> Writer:
@@ -273,7 +266,9 @@ def _scalar(position: int, since: int, name: str) -> Writer:
             if position < len(native.inputs):
                 native.replace_input_with(position, None)
         else:
-            dtype = onnx_native.dtype_of(g.table.info[native.inputs[0]].dtype).numpy()
+            data = native.inputs[0]
+            assert data is not None
+            dtype = onnx_native.dtype_of(g.table.info[data].dtype).numpy()
             write_constant(g, node, position, np.asarray(value, dtype), f"{node.name}_{name}")
 
     return writer
@@ -314,6 +309,11 @@ def _each(ops: Sequence[str], key: str, writer: Writer) -> dict[tuple[str, str],
     return {(op, key): writer for op in ops}
 
 
+LATE_REDUCTIONS = (
+    "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ReduceL1", "ReduceL2",
+)  # fmt: skip
+"""Reductions whose axes became an operand at opset 18 (ReduceSum's did at 13)."""
+
 WRITERS: dict[tuple[str, str], Writer] = {
     **_window("Conv"), **_window("ConvTranspose"), **_window("MaxPool"), **_window("AveragePool"),
     **_each(("Conv", "ConvTranspose"), "groups", _plain("group", int)),
@@ -331,7 +331,8 @@ WRITERS: dict[tuple[str, str], Writer] = {
     ("LpNormalization", "p"): _plain("p", int),
     ("LpNormalization", "axes"): lambda g, node, v: put(node.native, "axis", int(v[0])),
     ("LRN", "size"): _plain("size", int),
-    **_each(("Softmax", "LogSoftmax", "Concat", "Split", "Gather", "ArgMax", "ArgMin", "TopK"), "axis", _plain("axis", int)),
+    **_each(("Softmax", "LogSoftmax", "Concat", "Split", "Gather", "ArgMax", "ArgMin", "TopK"), "axis",
+            _plain("axis", int)),
     ("Attention", "causal"): _plain("is_causal", int), ("Attention", "scale"): _plain("scale", float),
     ("Attention", "num_heads"): _plain("q_num_heads", int), ("Attention", "kv_heads"): _plain("kv_num_heads", int),
     ("Attention", "gqa"): lambda g, node, v: None,
@@ -341,7 +342,7 @@ WRITERS: dict[tuple[str, str], Writer] = {
     **_each(("LSTM", "GRU", "RNN"), "hidden", _plain("hidden_size", int)),
     **_each(("DepthToSpace", "SpaceToDepth"), "factor", _plain("blocksize", int)),
     ("DepthToSpace", "mode"): _plain("mode", lambda v: str(v).upper()),
-    **_each(("QuantizeLinear", "DequantizeLinear"), "axis", lambda g, node, v: put(node.native, "axis", 1 if v is None else int(v))),
+    **_each(("QuantizeLinear", "DequantizeLinear"), "axis", _plain("axis", int)),
     **_each(("QuantizeLinear", "DequantizeLinear"), "block", _plain("block_size", int)),
     ("Reshape", "shape"): _operand(1, 5, "shape"),
     ("Expand", "shape"): _operand(1, 8, "shape"),
@@ -354,9 +355,8 @@ WRITERS: dict[tuple[str, str], Writer] = {
     ("Gather", "index"): _index,
     ("Pad", "pads"): _pads, ("Pad", "value"): _scalar(2, 11, "value"),
     **_each(("Squeeze", "Unsqueeze", "ReduceSum"), "axes", _axes(13)),
-    **_each(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ReduceL1", "ReduceL2"), "axes", _axes(18)),
-    **_each(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp", "ReduceL1", "ReduceL2",
-             "ArgMax", "ArgMin"), "keepdims", _plain("keepdims", int)),
+    **_each(LATE_REDUCTIONS, "axes", _axes(18)),
+    **_each((*LATE_REDUCTIONS, "ReduceSum", "ArgMax", "ArgMin"), "keepdims", _plain("keepdims", int)),
     ("Transpose", "perm"): _plain("perm", _listed),
     ("Cast", "dtype"): _cast_dtype,
     ("Clip", "min"): _scalar(1, 11, "min"), ("Clip", "max"): _scalar(2, 11, "max"),

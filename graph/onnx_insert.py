@@ -12,7 +12,9 @@ import onnx_ir as ir
 from . import onnx_native
 from .errors import UnsupportedOp
 from .ir import Value
+from .onnx_attrs import opset_of
 from .onnx_ops_math import PARAMETERS, PLAIN, REDUCTIONS, VARIADIC
+from .onnx_place import fresh, new_constant
 
 if TYPE_CHECKING:
     from .onnx import ONNXGraph
@@ -24,8 +26,6 @@ class Speller:
     """Collects the nodes that spell one canonical op; the last one's output is the result."""
 
     def __init__(self, g: ONNXGraph, op: str, views: Sequence[Value | None], name: str) -> None:
-        from .onnx_attrs import opset_of
-
         self.g, self.op, self.views, self.name = g, op, list(views), name
         self.operands: list[ir.Value | None] = [None if v is None else v.native for v in views]
         self.opset = opset_of(g)
@@ -40,8 +40,6 @@ class Speller:
         return node.outputs[0]
 
     def const(self, data: Any, dtype: Any) -> ir.Value:
-        from .onnx_edit import new_constant
-
         return new_constant(self.g, f"{self.name}_const", np.asarray(data, dtype))
 
     def like(self, data: Any, i: int = 0) -> ir.Value:
@@ -95,15 +93,9 @@ def spell(g: ONNXGraph, op: str, inputs: Sequence[Value | None], attrs: dict[str
     spelling(s, attrs)
     for i, node in enumerate(s.made):
         last = i == len(s.made) - 1
-        node.name = name if last else _fresh(g, f"{name}_{node.op_type}")
-        node.outputs[0].name = name if last else _fresh(g, f"{name}_{node.op_type}_out")
+        node.name = name if last else fresh(g, f"{name}_{node.op_type}")
+        node.outputs[0].name = name if last else fresh(g, f"{name}_{node.op_type}_out")
     return s.made
-
-
-def _fresh(g: ONNXGraph, name: str) -> str:
-    from .onnx_edit import fresh
-
-    return fresh(g, name)
 
 
 def _same(op_type: str, since: int = 1) -> Spelling:
@@ -232,7 +224,9 @@ def _emit_slice(s: Speller, starts: Any, ends: Any, axes: Any, steps: Any) -> No
 
 
 def _pad(s: Speller, a: dict[str, Any]) -> None:
-    mode = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[a.get("mode", "constant")]
+    mode = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[
+        a.get("mode", "constant")
+    ]
     s.need({"wrap": 19}.get(mode, 11), f"Pad with mode {mode}")
     flat = [lo for lo, _ in a["pads"]] + [hi for _, hi in a["pads"]]
     value = s.like(a.get("value") or 0.0) if mode == "constant" else None
@@ -264,7 +258,11 @@ def _quantize(op_type: str) -> Spelling:
         if a.get("block"):
             s.need(21, "block quantization")
             attrs["block_size"] = int(a["block"])
-        if op_type == "QuantizeLinear" and (len(operands) < 3 or operands[2] is None) and a.get("dtype", "uint8") != "uint8":
+        if (
+            op_type == "QuantizeLinear"
+            and (len(operands) < 3 or operands[2] is None)
+            and a.get("dtype", "uint8") != "uint8"
+        ):
             scale = s.views[1]
             shape = scale.hint if scale is not None and scale.hint is not None else ()
             operands = [*operands[:2], s.const(np.zeros(shape), onnx_native.dtype_of(a["dtype"]).numpy())]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from . import onnx_native as native
 from .errors import ConstraintError, ModelFileError
@@ -25,7 +25,9 @@ def read(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, str,
     if isinstance(model, onnx.ModelProto):
         return _deserialize(model, None), "proto", None
     if not isinstance(model, (str, os.PathLike)):
-        raise ConstraintError("not an ONNX model", expected="path, ModelProto or onnx_ir.Model", found=type(model).__name__)
+        raise ConstraintError(
+            "not an ONNX model", expected="path, ModelProto or onnx_ir.Model", found=type(model).__name__
+        )
     path = Path(model)
     if not path.is_file():
         raise ModelFileError("no such model file", value=str(path), hint="check the path")

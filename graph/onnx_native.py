@@ -74,7 +74,7 @@ def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
-    return tuple(int(d) for d in tensor.shape)
+    return tuple(int(d) for d in tensor.shape.numpy())
 
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:

@@ -79,7 +79,8 @@ def expand(c: Native) -> Canon | None:
         return None
     lead = len(shape) - len(source)
     if lead < 0:  # the missing leading axes are kept
-        shape, lead = [None] * -lead + shape, 0
+        missing: list[int | None] = [None] * -lead
+        shape, lead = missing + shape, 0
     kept = [None if d == 1 and i >= lead and source[i - lead] != 1 else d for i, d in enumerate(shape)]
     return Canon("expand", (0,), {"shape": kept}, c.sizes(1))
 
@@ -171,9 +172,10 @@ def pad(c: Native) -> Canon | None:
     if rank is None:
         return None
     old = c.opset < 11
-    flat = list(c.attr("pads") or c.attr("paddings") or []) if old else c.ints(1)
-    if flat is None:
-        flat = [None] * (2 * rank)
+    given = list(c.attr("pads") or c.attr("paddings") or []) if old else c.ints(1)
+    flat: list[int | None] = [None] * (2 * rank)
+    if given is not None:
+        flat = given
     axes = list(range(rank))
     if not old and c.has(3):
         data = c.const(3)
@@ -183,7 +185,9 @@ def pad(c: Native) -> Canon | None:
     pads: list[tuple[int | None, int | None]] = [(0, 0)] * rank
     for i, axis in enumerate(axes):
         pads[axis] = (flat[i], flat[i + len(axes)])
-    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}[c.attr("mode", "constant")]
+    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}[
+        c.attr("mode", "constant")
+    ]
     value = c.attr("value", 0.0) if old else 0.0
     if not old and c.has(2):
         data = c.const(2)

@@ -155,7 +155,9 @@ def einsum(c: Native) -> Canon | None:
     equation = "".join(c.attr("equation").split())
     if "->" not in equation:
         counts = {x: equation.count(x) for x in equation if x.isalpha()}
-        equation += "->" + ("..." if "..." in equation else "") + "".join(sorted(x for x, n in counts.items() if n == 1))
+        equation += (
+            "->" + ("..." if "..." in equation else "") + "".join(sorted(x for x, n in counts.items() if n == 1))
+        )
     lower = _lower(equation)
     return None if lower is None else Canon("einsum", c.every(), {"equation": lower})
 

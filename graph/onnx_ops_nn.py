@@ -31,9 +31,11 @@ def _windows(c: Native, kernel: list[int], transposed: bool = False) -> dict[str
 @rule("Conv", "ConvTranspose")
 def conv(c: Native) -> Canon | None:
     weight = c.hint(1)
-    kernel = c.attr("kernel_shape") or (None if weight is None else list(weight[2:]))
+    if weight is None:
+        return None
+    kernel = c.attr("kernel_shape") or list(weight[2:])
     transposed = c.node.op_type == "ConvTranspose"
-    window = None if kernel is None else _windows(c, kernel, transposed)
+    window = _windows(c, kernel, transposed)
     if window is None:
         return None
     attrs: dict[str, object] = {**window, "groups": c.attr("group", 1), "transposed": transposed}

@@ -127,17 +127,18 @@ class Session:
         import onnxruntime as ort
 
         value = self.inputs[name]
-        if not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.STRING:
+        dtype = value.dtype
+        if not isinstance(value.type, ir.TensorType) or dtype is None or dtype == ir.DataType.STRING:
             return array
         array = np.asarray(array)
-        expected = native.dtype_name(value.dtype)
+        expected = native.dtype_name(dtype)
         if array.dtype.name != expected:
             raise ConstraintError(
                 "a graph input has the wrong dtype", value=name, expected=expected, found=array.dtype.name
             )
         array = np.ascontiguousarray(array)
         if array.dtype.kind == "V" or array.dtype.isbuiltin != 1:
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(_carrier(array), value.dtype.value)
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(_carrier(array), dtype.value)
         return ort.OrtValue.ortvalue_from_numpy(array)
 
 

@@ -70,7 +70,7 @@ def _as_ir(model: ONNXGraph | ir.Model | onnx.ModelProto) -> ir.Model:
         return model
     if isinstance(model, onnx.ModelProto):
         return onnx_native.deserialize(model)
-    if model.dirty or model.moved or model.orphans:
+    if model.dirty or model.moved or model.idle:
         model.refresh()
     return model.model
 

@@ -57,13 +57,15 @@ class ShapeTable:
         pending: list[tuple[ir.Value, list[str | int]]] = []
         for value in self.model.graph.inputs:
             if value.shape is None:
-                if value.name in sizes:
-                    given = [int(d) for d in sizes[value.name]]
+                given = sizes.get(value.name or "")
+                if given is not None:
                     pending.append((value, [f"{value.name}.{i}" for i in range(len(given))]))
-                    for i, d in enumerate(given):
-                        self._bind(f"{value.name}.{i}", d, value)
+                    for i, size in enumerate(given):
+                        self._bind(f"{value.name}.{i}", int(size), value)
                 continue
-            dims = [d if isinstance(d, int) else (d.value or f"{value.name}.{i}") for i, d in enumerate(value.shape)]
+            dims: list[str | int] = [
+                d if isinstance(d, int) else (d.value or f"{value.name}.{i}") for i, d in enumerate(value.shape)
+            ]
             self.declared |= {d.value for d in value.shape if not isinstance(d, int) and d.value}
             given_shape = sizes.get(value.name or "")
             if given_shape is not None:
@@ -197,8 +199,9 @@ class ShapeTable:
             a, b = np.asarray(info.a[window], np.int64), np.asarray(info.b[window], np.int64)
             known = np.asarray([isinstance(d, int) for d in info.shape[window]], bool)
             if node.op_type == "Size":
-                a, b, known = np.prod(a, dtype=np.int64), np.prod(b, dtype=np.int64), np.asarray(known.all())
-            return [Elements(np.asarray(a), np.asarray(b), known, True)]
+                a, b = (np.asarray(np.prod(x, dtype=np.int64)) for x in (a, b))
+                known = np.asarray(known.all())
+            return [Elements(a, b, known, True)]
         inputs = [None if v is None else self.elements.get(v) for v in node.inputs]
         if not inputs or any(e is None and v is not None for e, v in zip(inputs, node.inputs, strict=True)):
             return None

@@ -12,17 +12,29 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from . import onnx_native
+from . import (  # noqa: F401  (the families register their operators)
+    onnx_native,
+    onnx_torch_attention,
+    onnx_torch_control,
+    onnx_torch_data,
+    onnx_torch_math,
+    onnx_torch_nn,
+    onnx_torch_norm,
+    onnx_torch_resize,
+)
 from .errors import ConstraintError, UnsupportedOp
 from .execute import to_numpy
 from .onnx import ONNXGraph
-from .onnx_torch_run import Program, Step, execute
+from .onnx_torch_run import TORCH_OPS, Program, Step, execute
+from .onnx_weights import untie
 
 SUPPORTED_DTYPES = frozenset(
     "float16 float32 float64 bfloat16 bool int8 uint8 int16 int32 int64 uint16 uint32 uint64".split()
 )
 WIDE_UNSIGNED = ("uint16", "uint32", "uint64")
-CARRIERS = frozenset("Cast CastLike QuantizeLinear DequantizeLinear Identity Reshape Transpose Unsqueeze Squeeze".split())
+CARRIERS = frozenset(
+    "Cast CastLike QuantizeLinear DequantizeLinear Identity Reshape Transpose Unsqueeze Squeeze".split()
+)
 """Torch does no arithmetic on wide unsigned integers; these operators need none."""
 
 
@@ -69,12 +81,13 @@ class ONNXModule(nn.Module):
 
         Raises ConstraintError naming a missing or unknown input.
         """
-        if len(args) == 1 and isinstance(args[0], Mapping) and not kwargs:
-            args, kwargs = (), dict(args[0])
-        order = self.input_names if len(args) > len(self.required) else self.required
-        if len(args) > len(order):
-            raise ConstraintError("too many inputs", expected=order, found=len(args))
-        given = {**dict(zip(order, args, strict=False)), **kwargs}
+        positional = list(args)
+        if len(positional) == 1 and isinstance(positional[0], Mapping):
+            kwargs = {**positional.pop(), **kwargs}
+        order = self.input_names if len(positional) > len(self.required) else self.required
+        if len(positional) > len(order):
+            raise ConstraintError("too many inputs", expected=order, found=len(positional))
+        given: dict[str, Any] = {**dict(zip(order, positional, strict=False)), **kwargs}
         for name in given:
             if name not in self.input_names:
                 raise ConstraintError("no such input", value=name, expected=self.input_names, found=list(given))
@@ -125,7 +138,9 @@ def _check_types(graph: ONNXGraph) -> None:
         wide = value.dtype in WIDE_UNSIGNED and any(n.origin not in CARRIERS for n in nodes)
         if nodes and (not tensor or wide or (value.dtype and value.dtype not in SUPPORTED_DTYPES)):
             found = value.dtype if tensor else str(value.native.type)
-            raise UnsupportedOp("no torch implementation for this type", node=nodes[0].name, value=value.name, found=found)
+            raise UnsupportedOp(
+                "no torch implementation for this type", node=nodes[0].name, value=value.name, found=found
+            )
 
 
 def write_back(module: ONNXModule, graph: ONNXGraph) -> None:
@@ -149,10 +164,13 @@ def write_back(module: ONNXModule, graph: ONNXGraph) -> None:
 
 
 def _untie_statistics(graph: ONNXGraph) -> None:
-    for weight in list(graph.weights.values()):
+    shared = []
+    for weight in graph.weights.values():
         uses = [use for v in graph.carriers.get(weight, []) for use in graph.view[v].uses]
         if len(uses) > 1 and any(n.op == "batch_norm" and i in (3, 4) for n, i in uses):
-            graph.untie(weight)
+            shared.append(weight)
+    if shared:
+        untie(graph, shared)
 
 
 def _tensor(data: np.ndarray) -> Tensor:
@@ -165,8 +183,6 @@ def _tensor(data: np.ndarray) -> Tensor:
 
 def _compile(graph: ir.Graph, model: ir.Model) -> Program:
     """The graph as plain data (so that modules can be copied and pickled)."""
-    from .onnx_torch_run import TORCH_OPS
-
     opset = model.graph.opset_imports.get("", 0) or model.graph.opset_imports.get("ai.onnx", 0)
     steps: list[Step] = []
     constants: dict[str, Tensor] = {}

@@ -58,7 +58,8 @@ def scan(c: Call) -> tuple[Any, ...]:
     length = streams[0].shape[axes[0]]
     for t in range(length):
         rows = [
-            s.select(axis, length - 1 - t if back else t) for s, axis, back in zip(streams, axes, backwards, strict=True)
+            s.select(axis, length - 1 - t if back else t)
+            for s, axis, back in zip(streams, axes, backwards, strict=True)
         ]
         results = _run(c, body, [*carried, *rows])
         carried, new = results[: len(carried)], results[len(carried) :]

@@ -73,7 +73,12 @@ def bit_shift(c: Call) -> Tensor:
 @torch_op("Sum", "Mean", "Max", "Min")
 def variadic(c: Call) -> Tensor:
     xs = c.all()
-    binary = {"Sum": torch.add, "Mean": torch.add, "Max": torch.maximum, "Min": torch.minimum}[c.step.op]
+    binary: Any = {
+        "Sum": torch.add,
+        "Mean": torch.add,
+        "Max": torch.maximum,
+        "Min": torch.minimum,
+    }[c.step.op]
     total = functools.reduce(binary, xs)
     return total / len(xs) if c.step.op == "Mean" else total
 
@@ -198,7 +203,11 @@ def _extreme(x: Tensor, axes: list[int], keep: bool, *, largest: bool) -> Tensor
     if any(x.shape[a] == 0 for a in axes):  # of nothing: the neutral element
         shape = [1 if i in axes else n for i, n in enumerate(x.shape)]
         info: Any = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
-        empty = (float("-inf") if largest else float("inf")) if x.is_floating_point() else (info.min if largest else info.max)
+        empty = (
+            (float("-inf") if largest else float("inf"))
+            if x.is_floating_point()
+            else (info.min if largest else info.max)
+        )
         full = torch.full(shape, empty, dtype=x.dtype, device=x.device)
         return full if keep else full.squeeze(axes)
     return x.amax(axes, keep) if largest else x.amin(axes, keep)

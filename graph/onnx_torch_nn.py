@@ -15,7 +15,9 @@ TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv
 MAX_POOL: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-def _pads(c: Call, sizes: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> tuple[list[int], list[int]]:
+def _pads(
+    c: Call, sizes: list[int], kernel: list[int], stride: list[int], dilation: list[int]
+) -> tuple[list[int], list[int]]:
     """Padding before and after each spatial axis."""
     n = len(kernel)
     auto = c.attr("auto_pad", "NOTSET")
@@ -61,7 +63,9 @@ def conv_transpose(c: Call) -> Tensor:
         raise c.refuse(f"{n} spatial axes")
     stride, dilation = c.attr("strides", [1] * n), c.attr("dilations", [1] * n)
     extra = c.attr("output_padding", [0] * n)
-    full = [(size - 1) * s + d * (k - 1) + 1 for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
+    full = [
+        (size - 1) * s + d * (k - 1) + 1 for size, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
     wanted, auto = c.attr("output_shape"), c.attr("auto_pad", "NOTSET")
     if wanted is None and auto in ("SAME_UPPER", "SAME_LOWER"):
         wanted = [size * s for size, s in zip(x.shape[2:], stride, strict=True)]
@@ -180,7 +184,7 @@ def col2im(c: Call) -> Tensor:
     pads = c.attr("pads", [0] * 4)
     dilation, stride = c.attr("dilations", [1, 1]), c.attr("strides", [1, 1])
     size = [image[0] + pads[0] + pads[2], image[1] + pads[1] + pads[3]]
-    y = F.fold(x, size, block, dilation, 0, stride)
+    y = F.fold(x, tuple(size), tuple(block), tuple(dilation), 0, tuple(stride))
     return y[:, :, pads[0] : size[0] - pads[2], pads[1] : size[1] - pads[3]]
 
 
@@ -208,7 +212,9 @@ def recurrent(c: Call) -> tuple[Tensor, ...]:
         cell = states[1][d] if kind == "LSTM" else h
         made: list[Tensor] = [h] * steps
         for t in reversed(range(steps)) if backwards else range(steps):
-            new_h, new_c = _cell(c, kind, d, x[t], h, cell, w[d], r[d], b[d], None if peepholes is None else peepholes[d])
+            new_h, new_c = _cell(
+                c, kind, d, x[t], h, cell, w[d], r[d], b[d], None if peepholes is None else peepholes[d]
+            )
             if lengths is not None:
                 on = (t < lengths.to(x.device)).reshape(-1, 1)
                 made[t] = torch.where(on, new_h, torch.zeros_like(new_h))

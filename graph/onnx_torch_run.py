@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +140,9 @@ def execute(program: Program, env: dict[str, Any], *, training: bool) -> list[An
             results = TORCH_OPS[step.op](Call(step, env, training))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise ConstraintError(
-                f"{step.op} failed in torch", node=step.name, found=str(error).splitlines()[0][:300] if str(error) else error
+                f"{step.op} failed in torch",
+                node=step.name,
+                found=str(error).splitlines()[0][:300] if str(error) else error,
             ) from error
         if not isinstance(results, (tuple, list)):
             results = (results,)
@@ -156,7 +157,3 @@ def execute(program: Program, env: dict[str, Any], *, training: bool) -> list[An
         fits = dtype is None or not isinstance(value, Tensor) or value.dtype == dtype
         outputs.append(value if fits else value.to(dtype))
     return outputs
-
-
-for _family in ("math", "data", "nn", "norm", "attention", "control", "resize"):
-    importlib.import_module(f".onnx_torch_{_family}", __package__)

@@ -12,17 +12,18 @@ import onnx
 import onnx.parser
 import pytest
 import torch
-from onnx import numpy_helper
-from support.timm_models import define_torchvision_operators
-from torch import nn
-
 from foldline.graph.errors import ConstraintError, FoldlineError, UnsupportedOp
 from foldline.graph.execute import to_numpy
 from foldline.graph.onnx import ONNXGraph, load_onnx
 from foldline.graph.onnx_torch import to_torch, write_back
+from onnx import numpy_helper
+from support.timm_models import define_torchvision_operators
+from torch import nn
 
 
-def exported(module: nn.Module, args: tuple[Any, ...], opset: int = 18, dynamic: Any = None, **options: Any) -> ONNXGraph:
+def exported(
+    module: nn.Module, args: tuple[Any, ...], opset: int = 18, dynamic: Any = None, **options: Any
+) -> ONNXGraph:
     program = torch.onnx.export(
         module.eval(), args, dynamo=True, opset_version=opset, dynamic_shapes=dynamic, verbose=False, **options
     )
@@ -85,7 +86,9 @@ def case(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return Llama(), (torch.randint(0, 50, (2, 9)),)
 
 
-@pytest.mark.parametrize(("name", "opset"), [("resnet", 18), ("transformer", 23), ("lstm", 18), ("bert", 18), ("llama", 18)])
+@pytest.mark.parametrize(
+    ("name", "opset"), [("resnet", 18), ("transformer", 23), ("lstm", 18), ("bert", 18), ("llama", 18)]
+)
 def test_equals_onnxruntime_and_trains(name: str, opset: int) -> None:
     module, args = case(name)
     graph = exported(module, args, opset)
@@ -122,7 +125,13 @@ def test_train_mode_is_that_of_torch() -> None:
     twin = to_torch(graph).train()
     conv, norm = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
     with torch.no_grad():
-        for tensor, name in ((conv.weight, "w"), (norm.weight, "s"), (norm.bias, "b"), (norm.running_mean, "m"), (norm.running_var, "v")):
+        for tensor, name in (
+            (conv.weight, "w"),
+            (norm.weight, "s"),
+            (norm.bias, "b"),
+            (norm.running_mean, "m"),
+            (norm.running_var, "v"),
+        ):
             tensor.copy_(torch.tensor(graph.weight(name).numpy()))
     x = torch.randn(5, 3, 6, 6)
     assert torch.allclose(twin(x), norm(conv(x)), atol=1e-5)
@@ -148,7 +157,9 @@ def test_training_reaches_the_file() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert np.array_equal(graph.run({"x": np.ones((2, 3, 6, 6), np.float32)})[0][0], before), "the graph is untouched so far"
+    assert np.array_equal(graph.run({"x": np.ones((2, 3, 6, 6), np.float32)})[0][0], before), (
+        "the graph is untouched so far"
+    )
     write_back(twin.eval(), graph)
     assert np.allclose(graph.run({"x": x.numpy()})[0][0], twin(x).detach().numpy(), atol=1e-4)
 
@@ -162,7 +173,8 @@ def test_untouched_weights_come_back_bit_for_bit() -> None:
 
 def test_shared_statistics_are_untied_first() -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 2] x) => (float[n, 2] y) <float[2] one = {1, 1}, float[2] z = {0, 0}>'
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 2] x) => (float[n, 2] y)'
+        " <float[2] one = {1, 1}, float[2] z = {0, 0}>"
         " { h = BatchNormalization(x, one, z, z, one) y = BatchNormalization(h, one, z, z, one) }"
     )
     graph = load_onnx(model)
@@ -186,10 +198,13 @@ def test_copies_and_pickles() -> None:
 
 def test_quantized_graph_passes_gradients_straight_through() -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 4] x) => (float[n, 3] y) <float s = {0.1}, uint8 z = {100}>'
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 4] x) => (float[n, 3] y)'
+        " <float s = {0.1}, uint8 z = {100}>"
         " { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w) }"
     )
-    model.graph.initializer.append(numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32), "w"))
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32), "w")
+    )
     graph = load_onnx(model)
     twin = to_torch(graph)
     x = torch.randn(6, 4, requires_grad=True)
@@ -239,9 +254,8 @@ RANDOM = ("training_dropout", "bernoulli", "random")
 
 def test_node_tests_of_onnx(capsys: pytest.CaptureFixture[str]) -> None:
     """Every node test whose operators and types are claimed must agree with onnx's own reference."""
-    from onnx.backend.test.case.node import collect_testcases
-
     from foldline.graph.onnx_torch import _tensor
+    from onnx.backend.test.case.node import collect_testcases
 
     def array(x: Any) -> np.ndarray:
         return numpy_helper.to_array(x) if isinstance(x, onnx.TensorProto) else np.asarray(x)
