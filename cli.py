@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(soft_wrap=False)
+# A pipe has no width of its own; 80 columns would wrap the names of layers.
+out = Console(soft_wrap=False, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=ModelArgument)]

@@ -91,6 +91,15 @@ def test_round_to_keeps_blocks_and_at_least_one() -> None:
             assert len(kept) % 4 == 0 and kept, (name, axis)
 
 
+def test_a_target_is_met_between_two_blocks() -> None:
+    torch.manual_seed(0)
+    model = ResNetCifar(3).eval()
+    result = P.prune(model, (torch.randn(2, 3, 32, 32),), target=fl.macs(0.5), round_to=4)
+    details = result.report.passes[0].details
+    assert abs(details["reached"] - 0.5) < 0.01
+    assert len({len(k) for axes in result.plan.weights.values() for k in axes.values()}) > 3
+
+
 def test_blocks_count_slabs() -> None:
     model, x = toy("vision_transformer")
     groups = axis_groups(fl.load(model, x))

@@ -47,6 +47,8 @@ class Prune(Pass):
     target: Target | None = None
     """What is to remain instead: macs(0.5), params(0.5), bytes(1e6)."""
     scope: Literal["uniform", "global"] = "uniform"
+    """"uniform": every group loses the same share; "global": all indices are ranked together, each score divided by
+    the mean of its group."""
     round_to: int = Field(1, ge=1)
     """Every cut axis stays a multiple of this (8, 16, 32), at least one block; shorter axes are left whole."""
     min_keep: int = Field(1, ge=1)
@@ -77,7 +79,7 @@ class Prune(Pass):
             kept = pick(scores, self.ratio, self.round_to, self.min_keep) if scores else {}
         else:
             kept, ratio, share = reach(
-                groups, lambda r: pick(scores, r, self.round_to, self.min_keep) if scores else {}, self.target
+                groups, scores, lambda r: pick(scores, r, self.round_to, self.min_keep) if scores else {}, self.target
             )
             details.update(ratio=ratio, target=str(self.target), reached=share)
         self._record(kept, decisions)

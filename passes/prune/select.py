@@ -64,12 +64,14 @@ def ranked(scores: Scores, ratio: float, round_to: int, min_keep: int) -> Kept:
 
 
 def reach(
-    groups: AxisGroups, choose: Callable[[float], Kept], target: Target, tolerance: float = 0.02
+    groups: AxisGroups, scores: Scores, choose: Callable[[float], Kept], target: Target, tolerance: float = 0.02
 ) -> tuple[Kept, float, float]:
-    """The smallest ratio whose selection meets a cost target.
+    """The selection whose cost comes closest to a target: bisection over the ratio, then group by group.
 
-    Returns the selection, the ratio and the cost reached as a share of the original. Cost falls as the ratio grows,
-    so bisection finds it; the finer side is taken where blocks make a step.
+    At one ratio all groups of equal width step to their next block together; the second search lets only the first of
+    them (those that lose the least important indices) take that step.
+
+    Returns the selection, the ratio and the cost reached as a share of the original.
 
     Raises:
         ConstraintError: even the largest ratio leaves more than the target.
@@ -81,8 +83,8 @@ def reach(
         return target.of(preview_cost(groups, kept))
 
     low, high = 0.0, 1.0
-    best = choose(high)
-    least = measure(best)
+    above, below = choose(low), choose(high)
+    least = measure(below)
     if least > wanted * (1 + tolerance):
         raise ConstraintError(
             "the target cannot be reached by pruning these groups",
@@ -91,17 +93,35 @@ def reach(
             found=f"{least:,.0f} left with every group at its minimum",
             hint="raise the target, shorten `ignore`, lower `round_to` or allow nested groups with atoms='all'",
         )
-    reached = least
-    for _ in range(24):
+    best, reached = below, least
+    for _ in range(16):
         middle = (low + high) / 2
         kept = choose(middle)
         now = measure(kept)
         if abs(now - wanted) < abs(reached - wanted):
             best, reached = kept, now
-        if abs(now - wanted) <= 1e-4 * wanted:
-            break
         if now > wanted:
-            low = middle
+            low, above = middle, kept
         else:
-            high = middle
+            high, below = middle, kept
+    steps = sorted(
+        (g for g in above if len(above[g]) > len(below[g])), key=lambda g: _loss(scores[g], above[g], below[g])
+    )
+    first, last = 0, len(steps)
+    while first < last:
+        count = (first + last) // 2
+        mixed = {**above, **{g: below[g] for g in steps[:count]}}
+        now = measure(mixed)
+        if abs(now - wanted) < abs(reached - wanted):
+            best, reached = mixed, now
+        if now > wanted:
+            first = count + 1
+        else:
+            last = count
     return best, (low + high) / 2, reached / original
+
+
+def _loss(scores: np.ndarray, more: np.ndarray, fewer: np.ndarray) -> float:
+    """Mean normalised importance of the indices that the smaller selection drops."""
+    gone = np.setdiff1d(more, fewer)
+    return float(scores[gone].mean() / max(float(scores.mean()), 1e-30)) if len(gone) else 0.0
