@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .fx_functional import has_effect, packet
+from .fx_functional import has_effect, make_functional, packet
 
 aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -21,6 +21,7 @@ def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and not known(node):
             decompose(graph, node, known)
+    make_functional(graph)  # decompositions of torch write into their own temporaries
     seen: dict[tuple[fx.Node, Any], fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":

@@ -25,16 +25,16 @@ class TracedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         codegen = self.graph._codegen
-        assert isinstance(codegen, _PyTreeCodeGen)
-        info = codegen.pytree_info
+        info = codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+        call = None if info is None else (list(info.orig_args), info.in_spec, info.out_spec)
         state = {
             k: v for k, v in self.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")
         }
-        return _rebuild, (_encode(self.graph), list(info.orig_args), info.in_spec, info.out_spec, state)
+        return _rebuild, (_encode(self.graph), call, state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
-        rebuild, (nodes, names, in_spec, out_spec, state) = self.__reduce__()
-        copied: fx.GraphModule = rebuild(nodes, names, in_spec, out_spec, {})
+        rebuild, (nodes, call, state) = self.__reduce__()
+        copied: fx.GraphModule = rebuild(nodes, call, {})
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(state, memo))
         return copied
@@ -42,6 +42,13 @@ class TracedModule(fx.GraphModule):
 
 class _Ref:
     """A node reference inside pickled arguments."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _Constant:
+    """A torch constant that does not pickle, by name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -65,6 +72,10 @@ def _plain(item: Any) -> Any:
         return _Ref(item.name)
     if isinstance(item, torch._ops.OpOverload):
         return _Op(str(item))
+    if isinstance(item, torch.memory_format):
+        return _Constant(str(item).removeprefix("torch."))
+    if isinstance(item, torch._ops.HigherOrderOperator):
+        return _Op(f"higher_order.{item.name()}")
     if isinstance(item, (list, tuple)):
         return type(item)(map(_plain, item)) if type(item) in (list, tuple) else [_plain(x) for x in item]
     if isinstance(item, dict):
@@ -77,6 +88,8 @@ def _restore(item: Any, env: dict[str, fx.Node]) -> Any:
         return env[item.name]
     if isinstance(item, _Op):
         return item.resolve()
+    if isinstance(item, _Constant):
+        return getattr(torch, item.name)
     if isinstance(item, (list, tuple)):
         return type(item)(_restore(x, env) for x in item)
     if isinstance(item, dict):
@@ -88,7 +101,7 @@ def _encode(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(n.op, n.name, _plain(n.target), _plain(n.args), _plain(n.kwargs)) for n in graph.nodes]
 
 
-def _rebuild(nodes: list[tuple[Any, ...]], names: list[str], in_spec: Any, out_spec: Any, state: dict[str, Any]) -> Any:
+def _rebuild(nodes: list[tuple[Any, ...]], call: tuple[Any, ...] | None, state: dict[str, Any]) -> Any:
     from . import fx_custom  # noqa: F401  (registers foldline's operators before they are looked up)
 
     graph = fx.Graph()
@@ -96,16 +109,32 @@ def _rebuild(nodes: list[tuple[Any, ...]], names: list[str], in_spec: Any, out_s
     for op, name, target, args, kwargs in nodes:
         made = graph.create_node(op, _restore(target, env), _restore(args, env), _restore(kwargs, env), name=name)
         env[name] = made
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
+    if call is not None:
+        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*call)))
     module = TracedModule(nn.Module(), fx.Graph())
     module.__dict__.update(state)
     module.graph = graph
     return module
 
 
+def picklable(module: nn.Module) -> nn.Module:
+    """A control-flow body (and the bodies inside it) as modules that pickle their graphs."""
+    if not isinstance(module, fx.GraphModule) or isinstance(module, TracedModule):
+        return module
+    made = TracedModule(module, module.graph, "Body")
+    for name, child in module.named_children():
+        setattr(made, name, picklable(child))
+    return made
+
+
 def graph_module(graph: FXView) -> fx.GraphModule:
     """The current graph as a GraphModule in eval mode that shares the graph's tensors."""
     native = _copy_graph(graph)
+    for node in reversed(native.nodes):
+        if has_effect(node) and node.op == "call_function":  # the tensors are shared: updates of buffers are left out
+            node.replace_all_uses_with(node.all_input_nodes[-1])
+            native.erase_node(node)
+    native.eliminate_dead_code()
     used = {str(n.target) for n in native.nodes if n.op == "get_attr"}
     everything: dict[str, Any] = {**graph.tensors, **graph.submodules}
     module = TracedModule({name: everything[name] for name in sorted(used)}, native, _class_name(graph))
@@ -147,7 +176,7 @@ def trainable_module(graph: FXView, tensors: dict[str, torch.Tensor], extra: dic
     for name in sorted(everything, key=lambda n: order.get(n, len(order))):
         _assign(module, name, everything[name], graph.is_persistent(name))
     for name, body in graph.submodules.items():
-        module.add_module(name, body)
+        module.add_module(name, picklable(body))
     module.graph = _copy_graph(graph)
     for node in list(module.graph.nodes):
         _follow_mode(module, node)

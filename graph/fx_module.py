@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .fx_functional import has_effect
 from .fx_layers import update_layers
 from .fx_modes import trainable_module
 from .fx_partial import culprit, replace_layers
@@ -227,6 +228,7 @@ class _Check:
         args, kwargs = graph.source.args, graph.source.kwargs
         self.call = pytree.tree_map_only(torch.Tensor, lambda t: _lively(t, generator), _small(graph, args, kwargs))
         self.random = _randomized(graph, generator)
+        self.effects = any(has_effect(n) for n in graph.fx.nodes)
         inputs = graph.bind_tensors(self.call)
         self.expected, _ = interpret(graph, inputs, (), False, self.random)
 
@@ -241,6 +243,8 @@ class _Check:
         names = {n for n, _ in module.named_parameters(remove_duplicate=False)}
         names |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
         state = {k: v for k, v in state.items() if k in names}
+        if self.effects:  # the forward writes buffers: let it write copies
+            state = {n: b.clone() for n, b in module.named_buffers()} | state
         for m, _ in flags:
             m.training = False
         try:

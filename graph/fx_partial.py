@@ -80,7 +80,7 @@ def _edited(graph: FXView, path: str) -> bool:
 
 def _record(source: nn.Module, paths: list[str], call: Call) -> dict[str, list[Call]]:
     """Arguments of every call of the given submodules in one forward pass of the original model in eval mode."""
-    model = structural_copy(source).eval()
+    model = structural_copy(source, {id(b): b.clone() for b in source.buffers()}).eval()  # a forward may write buffers
     calls: dict[str, list[Call]] = {p: [] for p in paths}
     for p in paths:
 

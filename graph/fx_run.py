@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx
 
 from .errors import ConstraintError
+from .fx_functional import has_effect
 from .fx_tensors import from_numpy
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def interpret(
             elif node.op == "output":
                 outputs = [env[n] for n in node.args[0] if isinstance(n, fx.Node) and n in graph._value_of]  # type: ignore[union-attr]
                 continue
+            elif has_effect(node):
+                env[node] = env[node.all_input_nodes[-1]]  # a buffer update: weights are never written to
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
                 try:
@@ -84,5 +88,7 @@ def _input(graph: FXView, node: fx.Node, inputs: dict[str, Any], device: torch.d
         raise ConstraintError(
             "an input is missing", value=value.name, expected=[v.name for v in graph.inputs], found=sorted(inputs)
         )
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return np.asarray(inputs[value.name]).item()  # a size given as an argument
     tensor = convert(inputs[value.name])
     return tensor.to(device) if isinstance(tensor, torch.Tensor) and tensor.device != device else tensor

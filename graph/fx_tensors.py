@@ -46,3 +46,10 @@ def from_numpy(data: Any) -> torch.Tensor:
             view = {torch.int16: np.int16, torch.uint8: np.uint8}[bits]
             return torch.from_numpy(np.array(data, order="C").view(view)).view(dtype)
     return torch.from_numpy(np.array(data, order="C"))
+
+
+def frozen(data: np.ndarray) -> np.ndarray:
+    """A view that cannot be written: the memory may be the caller's own weight."""
+    view = data.view()
+    view.flags.writeable = False
+    return view

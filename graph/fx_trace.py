@@ -196,6 +196,18 @@ def _symbol_sizes(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
     return sizes
 
 
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module inside torch.compile or data-parallel wrappers, and a note where there was one."""
+    notes: list[str] = []
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(
+        inner := model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None), nn.Module
+    ):
+        notes.append(f"{type(model).__name__} was unwrapped; wrap the result again")
+        model = inner
+    return model, notes
+
+
 def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -219,11 +231,11 @@ def capture(
             expected="a tensor, a tuple of arguments, a dict of keyword arguments, or (tuple, dict)",
             hint="call fl.load(model, example_inputs)",
         )
+    model, notes = _unwrapped(model)
     args, kwargs = normalize_call(example_inputs)
     if any(t.is_meta for t in model.parameters()) or any(t.is_meta for t in model.buffers()):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
     training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
-    notes: list[str] = []
     try:
         twin: nn.Module | None = structural_copy(model)
     except Exception:

@@ -19,7 +19,7 @@ from .errors import ConstraintError
 from .fx_functional import Pure
 from .fx_ops import Call, Slot, Spec, dtype_name, native_name, read
 from .fx_source import location_of, scope_of
-from .fx_tensors import from_numpy, storage_key, to_numpy
+from .fx_tensors import from_numpy, frozen, storage_key, to_numpy
 from .fx_trace import Capture, normalize_call
 from .ir import Dim, Graph, Node, Value, Weight
 
@@ -147,7 +147,7 @@ class FXView(Graph):
             tuple(tensor.shape),
             dtype_name(tensor.dtype),
             self.kinds[name],
-            lambda: to_numpy(self.tensors[name], name),
+            lambda: frozen(to_numpy(self.tensors[name], name)),
             self.alias_names.get(name, (name,)),
             value,
             bool(tensor.requires_grad and self.kinds[name] == "parameter"),

@@ -212,6 +212,51 @@ def test_no_grad_and_autocast_regions_open_up() -> None:
     assert torch.equal(got, torch.full((4,), 6.0))  # three per item; the frozen branch adds nothing
 
 
+def test_running_never_writes_the_callers_buffers() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(1.0)
+            return x * self.seen
+
+    model, x = Counter(), torch.randn(2, 3)
+    graph = load_torch(model, x)
+    for _ in range(2):
+        torch.testing.assert_close(execute(graph, x), [x])
+    torch.testing.assert_close(graph.to_graph_module()(x), x)
+    result = graph.to_model()
+    assert torch.equal(model.seen, torch.zeros(3)) and type(result) is Counter
+    result(x)
+    torch.testing.assert_close(result(x), 2 * x)
+    with pytest.raises(ValueError, match="read-only"):
+        graph.weight("seen").numpy()[0] = 1.0
+
+
+def test_control_flow_is_opaque_but_runs() -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: self.b(y) * 2, (x,))
+
+    model, x = Choice(), torch.rand(2, 4)
+    graph = load_torch(model, x)
+    assert [n.origin for n in nodes(graph, "opaque")] == ["higher_order.cond"]
+    for batch in (x, -x):
+        torch.testing.assert_close(execute(graph.clone(), batch), [model(batch)])
+
+
+def test_compiled_module_is_unwrapped() -> None:
+    model = nn.Linear(4, 4)
+    graph = load_torch(torch.compile(model), torch.randn(2, 4))
+    assert set(graph.weights) == {"weight", "bias"} and "unwrapped" in graph.notes[0]
+
+
 def test_meta_models_load_without_data() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(50_000, 4096), nn.Linear(4096, 4096))

@@ -318,6 +318,25 @@ def test_graph_module_survives_saving_and_copying() -> None:
         result.eval()
 
 
+def test_control_flow_and_memory_formats_pickle() -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x).clone(memory_format=torch.contiguous_format)
+            return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y * 2, (x,))
+
+    x = torch.randn(2, 4)
+    graph = load_torch(Choice().eval(), x)
+    result = trainable_module(graph, dict(graph.tensors), {})
+    buffer = io.BytesIO()
+    torch.save(result, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.load(buffer, weights_only=False)(x), graph.run(graph.bind(x))[0][0])
+
+
 def test_tied_weights_stay_tied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
