@@ -58,10 +58,13 @@ def finetuner(steps: int, rate: float, batch: int = 128) -> Any:
 def passes(args: argparse.Namespace) -> Iterator[tuple[str, fl.passes.Pass]]:
     """The pipeline's passes with the name of their row."""
     calibration = list(cifar10("train", 512)[0].split(BATCH))
-    yield "fold", P.Fold()
+    if not args.fold_last:
+        yield "fold", P.Fold()
     yield f"prune to {args.macs:g} MACs", P.Prune(criterion=args.criterion, target=fl.macs(args.macs))
     if args.steps:
         yield f"fine-tune {args.steps} steps", P.FineTune(train=finetuner(args.steps, args.rate))
+    if args.fold_last:
+        yield "fold", P.Fold()
     yield "quantize int8", P.Quantize(target="onnxruntime-cpu", calibration=calibration)
     yield "lower to ONNX Runtime", P.Lower("onnxruntime")
 
@@ -127,7 +130,8 @@ def main() -> None:
     parser.add_argument("--macs", type=float, default=0.5, help="share of the MACs that remains")
     parser.add_argument("--criterion", default="l2")
     parser.add_argument("--steps", type=int, default=100, help="fine-tuning batches of 128; 0: none")
-    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--fold-last", action="store_true", help="keep the batch norms while fine-tuning")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if find_data() is None:
@@ -137,7 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for depth in args.depth or (20, 56):
             for road in roads:
-                Console().print(run(depth, road, args, Path(folder)))
+                Console(width=max(Console().width, 110)).print(run(depth, road, args, Path(folder)))
 
 
 if __name__ == "__main__":
