@@ -45,6 +45,7 @@ class ONNXGraph(Graph):
         self.view: dict[ir.Value, Value] = {}
         self.canon: dict[Node, Canon] = {}
         self.by_native: dict[ir.Node, Node] = {}
+        self.settled: dict[ir.Node, None] = {}
         self.carriers: dict[Weight, list[ir.Value]] = {}
         self.dirty: set[ir.Node] = set()
         self.moved: set[ir.Value] = set()
@@ -63,6 +64,12 @@ class ONNXGraph(Graph):
         self.taken = names_in(self.model)
         self.nodes, alive = [], set()
         readings = [(n, canonicalize(n, self.table)) for n in graph if not onnx_native.is_constant_node(n)]
+        self.settled = dict.fromkeys(n for n, c in readings if self._is_settled(n, c))
+        for native in self.settled:
+            for output in native.outputs:
+                self.settled_value(output)
+                alive.add(output)
+        readings = [(n, c) for n, c in readings if n not in self.settled]
         for value in graph.inputs:
             self.value_of(value).is_input = True
             alive.add(value)
@@ -96,6 +103,16 @@ class ONNXGraph(Graph):
         self._sort_weights(stored)
         self._link()
 
+    def _is_settled(self, native: ir.Node, canon: Canon) -> bool:
+        """A size computation whose result is the same in every run: the view shows literals instead of nodes."""
+        elements = [self.table.elements.get(o) for o in native.outputs]
+        return canon.op in ("scalar", "shape_of") and all(e is not None and e.all_known for e in elements)
+
+    def settled_value(self, native: ir.Value) -> Value:
+        value = self.value_of(native)
+        value.literal, value.producer = self.table.elements[native].a, None
+        return value
+
     def _new_node(self, native: ir.Node, used: set[str]) -> Node:
         base = native.name or f"{native.op_type}:{native.outputs[0].name if native.outputs else ''}"
         name, i = base, 1
@@ -115,13 +132,14 @@ class ONNXGraph(Graph):
         operands = [None if i is None else native.inputs[i] for i in canon.operands]
         node.inputs = [None if v is None else self.operand_of(v) for v in operands]
         node.outputs = [self.value_of(v) for v in native.outputs if v.name]
+        for value in node.outputs:
+            value.literal = None
         feeds = [native.inputs[i] for i in canon.sizes]
-        node.dynamic = [self.value_of(v) for v in feeds if v is not None and onnx_native.constant_tensor(v) is None]
+        node.dynamic = [self.value_of(v) for v in feeds if v is not None and not self._fixed(v)]
         node.captured = [self.operand_of(v) for v in onnx_native.captures(native, self.model.graph)]
-        if node.op == "scalar":
-            for value in node.outputs:
-                elements = self.table.elements.get(value.native)
-                value.literal = elements.a if elements is not None and elements.all_known else None
+
+    def _fixed(self, native: ir.Value) -> bool:
+        return onnx_native.constant_tensor(native) is not None or native.producer() in self.settled
 
     def reread(self, node: Node) -> None:
         """Read one node again after its native form changed, and repair the uses of its operands."""

@@ -334,7 +334,6 @@ WRITERS: dict[tuple[str, str], Writer] = {
     **_each(("Softmax", "LogSoftmax", "Concat", "Split", "Gather", "ArgMax", "ArgMin", "TopK"), "axis",
             _plain("axis", int)),
     ("Attention", "causal"): _plain("is_causal", int), ("Attention", "scale"): _plain("scale", float),
-    ("Attention", "num_heads"): _plain("q_num_heads", int), ("Attention", "kv_heads"): _plain("kv_num_heads", int),
     ("Attention", "gqa"): lambda g, node, v: None,
     ("RotaryEmbedding", "num_heads"): _plain("num_heads", int),
     ("RotaryEmbedding", "dim"): _plain("rotary_embedding_dim", int),

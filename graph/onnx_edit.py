@@ -11,7 +11,7 @@ from . import onnx_attrs, onnx_insert, onnx_native
 from .errors import ConstraintError
 from .ir import Node, Value
 from .onnx_place import adopt, drop_unused, fresh
-from .onnx_sizes import bake_sizes
+from .onnx_sizes import bake_sizes, drop_dead_sizes
 
 if TYPE_CHECKING:
     from .onnx import ONNXGraph
@@ -153,6 +153,8 @@ def insert(
 
 def erase(g: ONNXGraph, node: Node) -> None:
     native: ir.Node = node.native
+    if any(use.node in g.settled for value in native.outputs for use in value.uses()):
+        drop_dead_sizes(g, settled_only=True)
     for value in native.outputs:
         if value.uses() or value.is_graph_output():
             users = [u.node.name or u.node.op_type for u in value.uses()]

@@ -308,10 +308,7 @@ def _full(s: Speller, a: dict[str, Any]) -> None:
 
 def _sdpa(s: Speller, a: dict[str, Any]) -> None:
     s.need(23, "Attention")
-    s.emit(
-        "Attention", s.operands, is_causal=int(a.get("causal", False)), scale=a.get("scale"),
-        q_num_heads=a.get("num_heads"), kv_num_heads=a.get("kv_heads"),
-    )  # fmt: skip
+    s.emit("Attention", s.operands, is_causal=int(a.get("causal", False)), scale=a.get("scale"))
 
 
 def _shuffle(s: Speller, a: dict[str, Any]) -> None:
@@ -374,6 +371,7 @@ SPELLINGS: dict[str, Spelling] = {
     "concat": lambda s, a: s.emit("Concat", s.operands, axis=int(a["axis"])),
     "slice": _slice,
     "flip": _flip,
+    "gather_elements": lambda s, a: s.emit("GatherElements", s.operands, axis=int(a["axis"])),
     "gather": lambda s, a: s.emit("Gather", s.operands, axis=int(a["axis"])),
     "select": _select,
     "pad": _pad,

@@ -166,6 +166,12 @@ def gather(c: Native) -> Canon | None:
     return Canon("gather", (0, 1), {"axis": axis})
 
 
+@rule("GatherElements")
+def gather_elements(c: Native) -> Canon | None:
+    rank = c.rank(0)
+    return None if rank is None else Canon("gather_elements", (0, 1), {"axis": axis_of(c.attr("axis", 0), rank)})
+
+
 @rule("Pad")
 def pad(c: Native) -> Canon | None:
     rank = c.rank(0)

@@ -179,14 +179,14 @@ def attention(c: Native) -> Canon | None:
     q, k = c.hint(0), c.hint(1)
     if q is None or k is None or any(c.has(i) for i in range(4, 7)) or any(c.used(i) for i in range(1, 4)):
         return None  # key-value cache, padding lengths
-    if c.attr("softcap", 0.0) or len(q) not in (3, 4):
-        return None
-    packed = len(q) == 3
-    heads = c.attr("q_num_heads") if packed else q[1]
-    kv = c.attr("kv_num_heads") if packed else k[1]
-    attrs = {"causal": bool(c.attr("is_causal", 0)), "scale": c.attr("scale"), "gqa": heads != kv}
-    if packed:
-        attrs |= {"num_heads": heads, "kv_heads": kv}
+    if (
+        c.attr("softcap", 0.0)
+        or len(q) != 4
+        or c.attr("left_window_size", -1) >= 0
+        or c.attr("right_window_size", -1) >= 0
+    ):
+        return None  # three axes: heads packed into the last one, a layout that sdpa does not have
+    attrs = {"causal": bool(c.attr("is_causal", 0)), "scale": c.attr("scale"), "gqa": q[1] != k[1]}
     return Canon("sdpa", c.every(4), attrs)
 
 

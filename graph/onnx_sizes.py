@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from . import onnx_native
-from .onnx_attrs import write_constant, write_ints
+from .onnx_attrs import write_ints
 from .onnx_place import drop_unused, new_constant
 
 if TYPE_CHECKING:
@@ -30,33 +29,28 @@ def bake_sizes(g: ONNXGraph) -> None:
             if native is None or onnx_native.constant_tensor(native) is not None:
                 continue
             elements = g.table.elements.get(native)
-            if elements is None or not elements.known.any():
+            if elements is None or elements.all_known or not elements.known.any():
                 continue
             if np.issubdtype(elements.a.dtype, np.integer):
                 write_ints(g, node, i, elements.ints())
-            elif elements.all_known:
-                write_constant(g, node, i, elements.a, f"{node.name}_static")
-        if node.op == "scalar":
-            continue
-        for slot in g.canon[node].operands:
-            if slot is None:
-                continue
-            native = node.native.inputs[slot]
-            view = None if native is None else g.view.get(native)
-            if view is None or view.producer is None or view.producer.op != "scalar" or view.literal is None:
-                continue
-            constant = new_constant(g, f"{view.name}_static", np.asarray(view.literal))
-            node.native.replace_input_with(slot, constant)
+    for native in g.settled:
+        for output in native.outputs:
+            uses = [u for u in output.uses() if u.node not in g.settled]
+            if uses:
+                constant = new_constant(g, f"{output.name}_static", g.table.elements[output].a)
+            for use in uses:
+                use.node.replace_input_with(use.idx, constant)
     g.resync()
 
 
-def drop_dead_sizes(g: ONNXGraph) -> None:
+def drop_dead_sizes(g: ONNXGraph, *, settled_only: bool = False) -> None:
     """Remove size computations that nothing reads any more since their results were written as numbers."""
     graph = g.model.graph
-    for node in reversed(list(g.nodes)):
-        native: ir.Node = node.native
-        outputs = native.outputs
-        if node.op in ("scalar", "shape_of") and not any(o.uses() or o.is_graph_output() for o in outputs):
+    for native in reversed(list(graph)):
+        node = g.by_native.get(native)
+        live = not settled_only and node is not None and node.op in ("scalar", "shape_of")
+        sizes = live or native in g.settled
+        if sizes and not any(o.uses() or o.is_graph_output() for o in native.outputs):
             operands = [v for v in native.inputs if v is not None]
             graph.remove(native, safe=True)
             drop_unused(g, operands)
