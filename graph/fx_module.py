@@ -15,10 +15,10 @@ from .fx_layers import update_layers
 from .fx_modes import trainable_module
 from .fx_partial import culprit, replace_layers
 from .fx_patch import Patch, apply_patches, plan_patches
+from .fx_place import NotExpressible, place
 from .fx_run import interpret
 from .fx_tensors import storage_key
 from .fx_trace import module_tensors, structural_copy, user_line
-from .ir import Node
 
 if TYPE_CHECKING:
     from .fx_view import FXView
@@ -40,10 +40,8 @@ def write_back(graph: FXView) -> nn.Module:
     reason = "the structure of the graph changed"
     try:
         twin = _restructured(graph, tensors)
-    except _NotExpressible as problem:
+    except NotExpressible as problem:
         reason = str(problem)
-    except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
-        reason = f"the module cannot be copied ({error})"
     else:
         check = _Check(graph)
         failure = check(twin)
@@ -93,10 +91,6 @@ def _replaced(
     return False
 
 
-class _NotExpressible(Exception):
-    """The edits cannot be written into the module tree."""
-
-
 def _owned_tensors(graph: FXView) -> dict[str, torch.Tensor]:
     """Tensors for the result: unchanged ones cloned, changed ones handed over (once; cloned in later calls)."""
     owned: dict[str, torch.Tensor] = {}
@@ -136,41 +130,25 @@ def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
     replace: dict[int, torch.Tensor] = {}
     fresh: dict[tuple[Any, ...], torch.Tensor] = {}
     for key, tensor in module_tensors(module).items():
-        place = storage_key(tensor)
-        new = by_key.get(place) if tensor.numel() else None
+        where = storage_key(tensor)
+        new = by_key.get(where) if tensor.numel() else None
         if new is None:
-            new = fresh.setdefault(place, _clone(tensor))
+            new = fresh.setdefault(where, _clone(tensor))
         if isinstance(tensor, nn.Parameter) != isinstance(new, nn.Parameter):
             new = (
                 nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new.data
             )
         replace[key] = new
-    twin = structural_copy(module, replace)
+    try:
+        twin = structural_copy(module, replace)
+    except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
+        raise NotExpressible(f"the module cannot be copied ({error})") from error
     added = [n for n in graph.weights if n not in graph.originals]
     for name in added:
-        _place(graph, twin, name, tensors[name])
+        place(graph, twin, name, tensors[name])
     _remove_layers(graph, twin)
     update_layers(graph, twin)
     return twin
-
-
-_BIAS_OPS = {"conv": 2, "linear": 2}
-
-
-def _place(graph: FXView, twin: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register an added weight as the missing bias of the layer that reads it."""
-    value = graph.weights[name].value
-    assert value is not None
-    users: list[tuple[Node, int]] = value.uses
-    scopes = {n.scope for n, i in users if _BIAS_OPS.get(n.op) == i}
-    if len(scopes) == 1 and len(scopes) == len({n.scope for n, _ in users}):
-        scope = scopes.pop()
-        layer = twin.get_submodule(scope) if scope else twin
-        if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) and layer.bias is None:
-            weight = layer.weight
-            layer.bias = nn.Parameter(tensor.detach(), requires_grad=weight.requires_grad)
-            return
-    raise _NotExpressible(f"the added tensor {name!r} has no place in the module")
 
 
 def _remove_layers(graph: FXView, twin: nn.Module) -> None:

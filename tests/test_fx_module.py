@@ -267,6 +267,28 @@ def test_folded_batch_norm_becomes_identity_and_bias() -> None:
     assert set(trainable_module(graph, dict(graph.tensors), {}).state_dict()) == set(result.state_dict())
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_computed_weight_that_became_a_constant_is_a_plain_parameter(norm: Any) -> None:
+    model, x = nn.Sequential(norm(nn.Linear(6, 4)), nn.ReLU()).eval(), torch.randn(3, 6)
+    kind = type(model[0])
+    graph = load_torch(model, x)
+    (linear,) = nodes(graph, "linear")
+    weight = linear.inputs[1]
+    assert weight is not None and weight.producer is not None
+    data = graph.run(graph.bind(x), (weight.name,))[1][weight.name].numpy()
+    graph.set_input(linear, 1, graph.add_weight("dense", data, trainable=True))
+    for node in reversed(list(graph.nodes)):
+        if not any(v.uses or v.is_output for v in node.outputs):
+            graph.erase(node)
+    result = graph.to_model()
+    assert type(result) is nn.Sequential and type(result[0]) is nn.Linear and graph.notes == []
+    assert set(result.state_dict()) == {"0.weight", "0.bias"}
+    torch.testing.assert_close(result(x), model(x))
+    assert type(model[0]) is kind and "weight" not in dict(model[0].named_parameters())
+
+
 def with_extra_node(model: nn.Module, x: Tensor) -> tuple[FXGraph, nn.Module]:
     graph = load_torch(model, x)
     last = graph.nodes[-1]
