@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     return str(dtype.numpy().name)
 
 
+@functools.cache
 def dtype_of(name: str) -> ir.DataType:
     """The ONNX type of a numpy-style name. Raises KeyError for a name ONNX has no type for."""
     if name in ("string", "object", "str"):
@@ -46,7 +48,7 @@ def constant_attribute(node: ir.Node) -> ir.TensorProtocol | None:
         if attr.is_ref():
             return None
         if name == "value":
-            return attr.as_tensor()
+            return attr.value  # not as_tensor(): its protocol check costs more than all else here
         if name in ("value_int", "value_ints"):
             return ir.tensor(np.asarray(attr.value, np.int64))
         if name in ("value_float", "value_floats"):
@@ -59,8 +61,14 @@ def constant_attribute(node: ir.Node) -> ir.TensorProtocol | None:
     return None
 
 
+_SPELLINGS = ("value", "value_int", "value_ints", "value_float", "value_floats", "value_string", "value_strings")
+
+
 def is_constant_node(node: ir.Node) -> bool:
-    return node.op_type == "Constant" and node.domain in STANDARD_DOMAINS and constant_attribute(node) is not None
+    """A Constant node whose tensor is in the file (not sparse, not an attribute of an enclosing function)."""
+    if node.op_type != "Constant" or node.domain not in STANDARD_DOMAINS:
+        return False
+    return any(name in node.attributes and not node.attributes[name].is_ref() for name in _SPELLINGS)
 
 
 def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
@@ -106,6 +114,24 @@ def captures(node: ir.Node, outer: ir.Graph) -> list[ir.Value]:
     for graph in subgraphs(node):
         visit(graph)
     return list(found)
+
+
+SOURCE = "foldline.source"
+"""Key in a lazy tensor's ``meta``: the tensor it is computed from."""
+
+
+def lazy(make: Callable[[], ir.TensorProtocol], source: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.LazyTensor:
+    """A tensor of the source's dtype that is computed from it each time it is read."""
+    tensor = ir.LazyTensor(make, source.dtype, ir.Shape(shape))
+    tensor.meta[SOURCE] = source
+    return tensor
+
+
+def stored_in(tensor: ir.TensorProtocol | None) -> ir.ExternalTensor | None:
+    """The tensor in an external file that this one is, or is computed from."""
+    while isinstance(tensor, ir.LazyTensor):
+        tensor = tensor.meta.get(SOURCE)
+    return tensor if isinstance(tensor, ir.ExternalTensor) else None
 
 
 DECLARED = "foldline.declared_initializers"

@@ -40,11 +40,14 @@ def save_onnx(model: ONNXGraph | ir.Model | onnx.ModelProto, path: str | Path, *
         raise ModelFileError("no such folder", value=str(path.parent), hint="create it first")
     tensors = [v.const_value for g in native.graphs() for v in g.initializers.values() if v.const_value is not None]
     if external is None:
-        external = any(_stored_outside(t) for t in tensors) or sum(t.nbytes for t in tensors) > INLINE_LIMIT
+        external = (
+            any(onnx_native.stored_in(t) is not None for t in tensors) or sum(t.nbytes for t in tensors) > INLINE_LIMIT
+        )
     data_name = path.name + ".data"
     for tensor in tensors:
-        if isinstance(tensor, ir.ExternalTensor) and _same_file(tensor.path, path.parent / data_name):
-            tensor.numpy()  # maps the old file, so that it stays readable after the rename
+        stored = onnx_native.stored_in(tensor)
+        if stored is not None and _same_file(stored.path, path.parent / data_name):
+            stored.numpy()  # maps the old file, so that it stays readable after the rename
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -73,10 +76,6 @@ def _as_ir(model: ONNXGraph | ir.Model | onnx.ModelProto) -> ir.Model:
     if model.dirty or model.moved or model.idle:
         model.refresh()
     return model.model
-
-
-def _stored_outside(tensor: ir.TensorProtocol) -> bool:
-    return isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor))
 
 
 def _same_file(a: str | Path, b: str | Path) -> bool:

@@ -211,7 +211,7 @@ def _compile(graph: ir.Graph, model: ir.Model) -> Program:
             if attr.type == ir.AttributeType.GRAPH:
                 attrs[name] = _compile(attr.as_graph(), model)
             elif attr.type == ir.AttributeType.TENSOR:
-                attrs[name] = _tensor(attr.as_tensor().numpy())
+                attrs[name] = _tensor(attr.value.numpy())
             else:
                 attrs[name] = onnx_native.attribute(node, name)
         inputs = [None if v is None else v.name for v in node.inputs]

@@ -51,15 +51,20 @@ def slice_weight(g: ONNXGraph, weight: Weight, kept: dict[int, np.ndarray]) -> N
         shape[axis] = picks.size
 
     def gather() -> ir.TensorProtocol:
+        mapped = isinstance(source, ir.ExternalTensor) and source.raw is not None
         data = source.numpy()
         for axis, picks in sorted(steps, key=lambda s: s[1].size / max(weight_shape[s[0]], 1)):
             data = np.take(data, picks, axis=axis)
-        return ir.tensor(np.ascontiguousarray(data))
+        result = ir.tensor(np.ascontiguousarray(data))
+        del data
+        if isinstance(source, ir.ExternalTensor) and not mapped:
+            source.release()  # or the pages of a file larger than memory would pile up while it is saved
+        return result
 
     weight_shape = weight.shape
-    lazy = isinstance(source, ir.LazyTensor) or (isinstance(source, ir.ExternalTensor) and source.nbytes > LAZY)
-    tensor = ir.LazyTensor(gather, source.dtype, ir.Shape(shape)) if lazy else gather()
-    _assign(g, weight, tensor)
+    stored = onnx_native.stored_in(source)
+    lazy = stored is not None and stored.nbytes > LAZY
+    _assign(g, weight, onnx_native.lazy(gather, source, tuple(shape)) if lazy else gather())
 
 
 def _assign(g: ONNXGraph, weight: Weight, tensor: ir.TensorProtocol) -> None:
@@ -124,9 +129,10 @@ def _untie(g: ONNXGraph, weight: Weight) -> list[Weight]:
 
 def _twin(g: ONNXGraph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """An initializer of the same data, which is not copied."""
-    shape = ir.Shape(onnx_native.tensor_shape(tensor))
-    shared = ir.LazyTensor(lambda: tensor, tensor.dtype, shape, name=name)
-    twin = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=shared)
+    shape = onnx_native.tensor_shape(tensor)
+    shared = onnx_native.lazy(lambda: tensor, tensor, shape)
+    shared.name = name
+    twin = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(tensor.dtype), const_value=shared)
     g.model.graph.initializers.add(twin)
     g.table.constant(twin)
     return twin
