@@ -11,7 +11,8 @@ import numpy as np
 from .ir import Graph, Node, Value, Weight
 from .ops.table import get_rule
 from .positions import Selection, kept_positions, size_after
-from .space import FROZEN, Conflict, Space, Sum, atoms, fresh, mark, norm, unify
+from .refine import Conflict, unify
+from .space import FROZEN, Space, Sum, atoms, fresh, mark, norm
 
 INEXACT = "inexact"  # remark, not a prohibition: selecting here changes a statistic (mean, variance, maximum)
 

@@ -5,23 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from foldline.graph.positions import coordinates, kept_positions, size_after, spread
-from foldline.graph.space import (
-    UNIT,
-    Conflict,
-    Leaf,
-    Prod,
-    Space,
-    Sum,
-    atoms,
-    cut,
-    factor,
-    fresh,
-    make_prod,
-    make_sum,
-    norm,
-    permute,
-    unify,
-)
+from foldline.graph.refine import Conflict, cut, factor, permute, unify
+from foldline.graph.space import UNIT, Leaf, Prod, Space, Sum, atoms, fresh, make_prod, make_sum, norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

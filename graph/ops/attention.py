@@ -6,7 +6,8 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from ..ir import Node
-from ..space import Conflict, factor, norm
+from ..refine import Conflict, factor
+from ..space import norm
 from .linear import contract
 from .table import rule
 

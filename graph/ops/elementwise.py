@@ -233,7 +233,7 @@ def _prelu(an: Analysis, node: Node) -> None:
 
 @rule("glu")
 def _glu(an: Analysis, node: Node) -> None:
-    from ..space import cut
+    from ..refine import cut
 
     x = node.inputs[0]
     assert x is not None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir import Node, Value
-from ..space import UNIT, Conflict, Space, factor, fresh, make_prod, norm, permute
+from ..refine import Conflict, factor, permute
+from ..space import UNIT, Space, fresh, make_prod, norm
 from .elementwise import broadcast
 from .table import rule
 

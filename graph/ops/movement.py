@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..ir import Node, Value
-from ..space import UNIT, Conflict, Space, Sum, cut, factor, fresh, make_sum, norm, permute, slice_space
+from ..refine import Conflict, cut, factor, permute, slice_space
+from ..space import UNIT, Space, Sum, fresh, make_sum, norm
 from .elementwise import is_zero_literal
 from .table import rule
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..ir import Node
-from ..space import UNIT, factor
+from ..refine import factor
+from ..space import UNIT
 from .table import rule
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..ir import Node, Value
-from ..space import Conflict, Space, factor, fresh, make_sum, norm
+from ..refine import Conflict, factor
+from ..space import Space, fresh, make_sum, norm
 from .movement import _isolate_all
 from .table import rule
 

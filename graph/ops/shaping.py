@@ -6,7 +6,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from ..ir import Node
-from ..space import UNIT, Conflict, Space, factor, fresh, make_prod
+from ..refine import Conflict, factor
+from ..space import UNIT, Space, fresh, make_prod
 from .table import rule
 
 if TYPE_CHECKING:
