@@ -291,6 +291,14 @@ class ONNXGraph(Graph):
         other.source, other.baked, other.notes = self.source, self.baked, list(self.notes)
         return other
 
+    def inline(self) -> ONNXGraph:
+        """A new graph in which calls of local functions are replaced by their bodies, so that rules see the ops."""
+        from onnx_ir.passes.common import InlinePass
+
+        other = ONNXGraph(InlinePass()(self.model.clone()).model, form=self.form)
+        other.source = self.source
+        return other
+
     def to_model(self) -> ir.Model | onnx.ModelProto:
         """A copy of the model as it is now: ModelProto if one came in, else onnx_ir.Model (sharing weight data)."""
         if self.dirty or self.moved or self.idle:

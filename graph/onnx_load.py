@@ -47,6 +47,11 @@ def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:
     where = "the ModelProto" if path is None else str(path)
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.initializer):
         raise ModelFileError("not an ONNX model: it holds no graph", value=where, hint="export or download it again")
+    if proto.graph.sparse_initializer or proto.training_info:
+        what = "sparse initializers" if proto.graph.sparse_initializer else "training information"
+        raise ModelFileError(
+            f"the model holds {what}, which foldline cannot write back", value=where, hint="remove them or make them dense"
+        )
     try:
         model = native.deserialize(proto)
     except Exception as error:  # onnx_ir wraps what it meets in an error class of each kind

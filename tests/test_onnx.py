@@ -224,6 +224,7 @@ class TestRoundTrip:
         graph = load_onnx(model)
         assert [n.op for n in graph] == ["opaque", "relu"]
         assert graph.values["h"].hint == (7, 3)
+        assert [n.op for n in graph.inline()] == ["add", "relu"]
         assert plain(graph.to_model()) == plain(model)
         assert np.array_equal(graph.run({"x": rand(7, 3)})[0][0], np.maximum(2 * rand(7, 3), 0))
 
