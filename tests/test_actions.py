@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from foldline.graph.actions import mask, permute, scale, select
 from foldline.graph.execute import run_graph, synthesize_inputs
 from foldline.graph.groups import AxisGroup, AxisGroups, axis_groups
 from foldline.graph.ir import Graph
-from tests.support.frontends import FRONT_ENDS, toy_graph
-from tests.support.toys import TOYS
+from support.frontends import FRONT_ENDS, toy_graph
+from support.toys import TOYS
 
 pytestmark = pytest.mark.parametrize("front", FRONT_ENDS)
 RNG = np.random.default_rng(0)

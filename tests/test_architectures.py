@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import foldline as fl
 import numpy as np
 import pytest
 import torch
-
-import foldline as fl
 from foldline import passes as P
 from foldline.graph.execute import run_graph, synthesize_inputs
-from tests.support import timm_models
-from tests.support.frontends import exported, exported_legacy
+from support import timm_models
+from support.frontends import exported, exported_legacy
 
 VISION = (
     *("resnet50", "mobilenetv3_large_100", "efficientnet_b0", "convnext_tiny", "densenet121", "regnety_004"),

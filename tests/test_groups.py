@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from foldline.graph.errors import ConstraintError
 from foldline.graph.fx import load_torch
 from foldline.graph.groups import AxisGroups, axis_groups
 from foldline.graph.ir import Graph
 from foldline.graph.onnx import load_onnx
-from tests.support.frontends import exported, toy_graph
-from tests.support.toys import TOYS, toy
-
+from support.frontends import exported, toy_graph
+from support.toys import TOYS, toy
+from torch import nn
 
 Place = tuple[str, int]
 
@@ -80,7 +78,7 @@ def test_operand_order_does_not_matter(front: str) -> None:
             z = self.c(y)
             return self.d(gate * z if self.swap else z * gate)
 
-    from tests.support.frontends import load
+    from support.frontends import load
 
     x = (torch.randn(2, 3, 4, 4),)
     first, second = (axis_groups(load(Net(s), x, front)) for s in (False, True))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 
+import foldline as fl
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-import foldline as fl
 from foldline import passes as P
 from foldline.graph.actions import Plan, apply_plan
 from foldline.graph.errors import ConfigError, ConstraintError
 from foldline.graph.groups import axis_groups
 from foldline.passes.prune.importance import importance
 from foldline.passes.prune.select import block, counts_to_keep
-from tests.support.frontends import exported
-from tests.support.resnet_cifar import ResNetCifar
-from tests.support.toys import toy
+from support.frontends import exported
+from support.resnet_cifar import ResNetCifar
+from support.toys import toy
+from torch import nn
 
 
 def hashes(model: nn.Module) -> dict[str, bytes]:

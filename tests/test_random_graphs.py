@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from foldline.graph.actions import mask, permute, scale, select
 from foldline.graph.execute import run_graph, synthesize_inputs
 from foldline.graph.groups import axis_groups
 from foldline.graph.ir import Graph
-from tests.support.frontends import load
-from tests.support.random_nets import KINDS, random_net
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.frontends import load
+from support.random_nets import KINDS, random_net
 
 COUNT = {"fx": 40, "onnx": 10}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx
 import torch
-
 from foldline.graph.ir import Graph
 
 from .toys import toy
