@@ -39,7 +39,7 @@ def slot_of(node: Node, position: int) -> int:
     """Native input position of a canonical operand that is absent now."""
     recurrent = {"LSTM": (0, 5, 6, 1, 2, 3), "GRU": (0, 5, None, 1, 2, 3), "RNN": (0, 5, None, 1, 2, 3)}
     optional = {
-        "Conv": 3, "ConvTranspose": 3, "Gemm": 3, "Attention": 4, "RotaryEmbedding": 4, "LayerNormalization": 3,
+        "Conv": 3, "ConvTranspose": 3, "Gemm": 3, "Attention": 4, "LayerNormalization": 3,
         "QuantizeLinear": 3, "DequantizeLinear": 3,
     }  # fmt: skip
     op = node.native.op_type
@@ -335,9 +335,6 @@ WRITERS: dict[tuple[str, str], Writer] = {
             _plain("axis", int)),
     ("Attention", "causal"): _plain("is_causal", int), ("Attention", "scale"): _plain("scale", float),
     ("Attention", "gqa"): lambda g, node, v: None,
-    ("RotaryEmbedding", "num_heads"): _plain("num_heads", int),
-    ("RotaryEmbedding", "dim"): _plain("rotary_embedding_dim", int),
-    ("RotaryEmbedding", "interleaved"): _plain("interleaved", int),
     **_each(("LSTM", "GRU", "RNN"), "hidden", _plain("hidden_size", int)),
     **_each(("DepthToSpace", "SpaceToDepth"), "factor", _plain("blocksize", int)),
     ("DepthToSpace", "mode"): _plain("mode", lambda v: str(v).upper()),

@@ -50,7 +50,9 @@ def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:
     if proto.graph.sparse_initializer or proto.training_info:
         what = "sparse initializers" if proto.graph.sparse_initializer else "training information"
         raise ModelFileError(
-            f"the model holds {what}, which foldline cannot write back", value=where, hint="remove them or make them dense"
+            f"the model holds {what}, which foldline cannot write back",
+            value=where,
+            hint="remove them or make them dense",
         )
     try:
         model = native.deserialize(proto)

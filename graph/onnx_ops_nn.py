@@ -190,19 +190,6 @@ def attention(c: Native) -> Canon | None:
     return Canon("sdpa", c.every(4), attrs)
 
 
-@rule("RotaryEmbedding")
-def rotary(c: Native) -> Canon | None:
-    rank, heads = c.rank(0), c.attr("num_heads", 0)
-    if rank is None:
-        return None
-    attrs = {
-        "interleaved": bool(c.attr("interleaved", 0)),
-        "dim": c.attr("rotary_embedding_dim", 0) or None,
-        "num_heads": heads if rank == 3 else None,
-    }
-    return Canon("rotary", c.every(4), attrs)
-
-
 @rule("LSTM", "GRU", "RNN")
 def recurrent(c: Native) -> Canon | None:
     if c.has(4) or c.has(7):  # lengths per sample; peepholes

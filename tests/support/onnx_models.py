@@ -59,7 +59,8 @@ attention (float[batch, length, 24] x) => (float[batch, length, 24] y)
 <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] heads = {4}, int64[1] minus = {-1},
  int64 last = {2}>
 {
-    shape = Shape(x)
+    q = MatMul(x, wq)
+    shape = Shape(q)
     b = Slice(shape, zero, one, zero)
     l = Slice(shape, one, two, zero)
     c = Gather<axis = 0>(shape, last)
@@ -69,7 +70,6 @@ attention (float[batch, length, 24] x) => (float[batch, length, 24] y)
     target = Concat<axis = 0>(b, l, heads, dim)
     f = Cast<to = 1>(d)
     root = Sqrt(f)
-    q = MatMul(x, wq)
     r = Reshape(q, target)
     scaled = Div(r, root)
     back = Concat<axis = 0>(b, l, minus)
