@@ -103,6 +103,7 @@ def test_equals_onnxruntime_and_trains(name: str, opset: int) -> None:
     trained = [p for p in twin.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert len(trained) >= 0.8 * len(list(twin.parameters()))
     assert {n for n, _ in twin.named_parameters()} <= set(twin.weight_names)
+    assert all(p.ndim for p in twin.parameters()), "exponents and epsilons are not trained"
 
 
 def batch_normed() -> ONNXGraph:
