@@ -227,6 +227,38 @@ def test_norm_before_a_linear_on_another_axis_is_refused() -> None:
     assert decision.action == "refused" and "axis" in decision.reason
 
 
+class FlatNorm(nn.Module):
+    """LeViT's linear and norm: the norm sees [N * L, C], so that both act on the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_a_norm_behind_flattened_rows_is_folded() -> None:
+    check_torch(fill(FlatNorm()), torch.randn(2, 4, 5))
+
+
+class CutNorm(nn.Module):
+    """The reshape cuts the channels: [N, 8] as [N, 4, 2] has the length of the norm on another axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 8), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x).reshape(-1, 4, 2))
+
+
+def test_a_reshape_that_cuts_the_channels_lets_nothing_pass() -> None:
+    (decision,) = check_torch(fill(CutNorm()), torch.randn(4, 5), left=1)
+    assert "reshape" in decision.reason
+
+
 class SecondConsumer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -28,8 +28,10 @@ def backward(node: Node, affine: Affine) -> Affine | Refusal:
     rank = node.inputs[0].rank if node.inputs and node.inputs[0] is not None else None
     if rank is None:
         return Refusal(f"the rank of what {node.op} reads is unknown", node.name)
+    if node.op == "reshape":
+        return _unmerge(node, affine)
     for axis in range(rank):
-        if _axis_forward(node, axis) == affine.axis and node.op != "reshape":
+        if _axis_forward(node, axis) == affine.axis:
             moved = affine.on(axis)
             allowed = _commutes(node, moved, axis)
             return allowed if isinstance(allowed, Refusal) else moved
@@ -85,22 +87,48 @@ def _axis_forward(node: Node, axis: int) -> int | Refusal:
 
 def _merge(node: Node, affine: Affine) -> Affine | Refusal:
     """Through a reshape that keeps the axis or merges it with axes behind it, whose lengths must be constant."""
-    before, after = node.inputs[0], node.output
-    if before is None or before.shape is None or after.shape is None:
-        return Refusal("the shapes round the reshape are unknown", node.name)
-    lead = _extent(before.shape[: affine.axis])
+    shapes = _shapes(node)
+    if isinstance(shapes, Refusal):
+        return shapes
+    before, after = shapes
     inner = 1
-    for stop in range(affine.axis + 1, len(before.shape) + 1):
-        merged = affine.size * inner
-        for axis, length in enumerate(after.shape):
-            if length == merged and _extent(after.shape[:axis]) == lead:
+    for stop in range(affine.axis + 1, len(before) + 1):
+        for axis, length in enumerate(after):
+            if length == affine.size * inner and _aligned(before, affine.axis, stop, after, axis, axis + 1):
                 return affine.repeat(inner, axis)
-        if stop < len(before.shape):
-            length_behind = before.shape[stop]
+        if stop < len(before):
+            length_behind = before[stop]
             if not isinstance(length_behind, int):
                 break
             inner *= length_behind
     return Refusal("the reshape cuts the channel axis", node.name)
+
+
+def _unmerge(node: Node, affine: Affine) -> Affine | Refusal:
+    """Back through a reshape that keeps the axis, whatever it does to the axes round it."""
+    shapes = _shapes(node)
+    if isinstance(shapes, Refusal):
+        return shapes
+    before, after = shapes
+    for axis, length in enumerate(before):
+        if length == affine.size and _aligned(before, axis, axis + 1, after, affine.axis, affine.axis + 1):
+            return affine.on(axis)
+    return Refusal("the reshape cuts or merges the channel axis", node.name)
+
+
+def _shapes(node: Node) -> tuple[tuple[Dim, ...], tuple[Dim, ...]] | Refusal:
+    before, after = node.inputs[0], node.output
+    if before is None or before.shape is None or after.shape is None:
+        return Refusal("the shapes round the reshape are unknown", node.name)
+    return before.shape, after.shape
+
+
+def _aligned(before: tuple[Dim, ...], lo: int, hi: int, after: tuple[Dim, ...], start: int, end: int) -> bool:
+    """Whether axes lo..hi of ``before`` and start..end of ``after``, equally long, count the same elements.
+
+    A reshape keeps the row-major order, so it is enough that as many elements stand before them, or behind them.
+    """
+    return _extent(before[:lo]) == _extent(after[:start]) or _extent(before[hi:]) == _extent(after[end:])
 
 
 def _extent(dims: Sequence[Dim]) -> tuple[int, list[str]]:
