@@ -110,11 +110,11 @@ def kind_of(value: ir.Value, tensor: ir.TensorProtocol) -> str:
     recorded = value.metadata_props.get(KIND, "")
     if recorded in ("PARAMETER", "BUFFER"):
         return recorded.lower()
-    if len(tensor.shape) == 0:
-        return "constant"  # an exponent, an epsilon; learned scalars carry the exporter's mark
     roles = {(use.node.op_type, use.idx) for use in value.uses()}
     if roles and all(_is_statistic(op, i) for op, i in roles):
         return "buffer"
+    if len(tensor.shape) == 0:
+        return "constant"  # an exponent, an epsilon; learned scalars carry the exporter's mark
     if tensor.dtype.is_floating_point() or ("DequantizeLinear", 0) in roles:
         return "parameter"
     return "constant"
