@@ -236,11 +236,11 @@ class Graph(abc.ABC):
     # ---- helpers for front ends ------------------------------------------------------------------------------
     def _link(self) -> None:
         """Recompute ``uses`` and ``producer`` of every value from the node list."""
-        for v in self.values.values():
-            v.uses = []
+        for known in self.values.values():
+            known.uses = []
         for n in self.nodes:
             for i, v in enumerate(n.inputs):
                 if v is not None:
                     v.uses.append((n, i))
-            for i, v in enumerate(n.outputs):
-                v.producer, v.index = n, i
+            for i, made in enumerate(n.outputs):
+                made.producer, made.index = n, i

@@ -60,7 +60,7 @@ def _expect(suffix: str, allowed: tuple[str, ...], path: Path, kind: str) -> Non
 
 
 def _save_onnx(model: Any, path: Path) -> Path:
-    from .onnx_save import save_onnx
+    from .onnx.save import save_onnx
 
     save_onnx(model, path)
     return path

@@ -61,7 +61,7 @@ class FineTune(Pass):
         if graph.kind == "fx":
             module = copy.deepcopy(graph.to_model())
         else:
-            from ..graph.onnx_torch import to_torch
+            from ..graph.onnx.as_torch import to_torch
 
             module = to_torch(_onnx(graph))
         modes = {name: m.training for name, m in module.named_modules()}
@@ -111,7 +111,7 @@ def _take_back(graph: Graph, module: Any) -> dict[str, float]:
     if graph.kind == "fx":
         _write_back(graph, module)
     else:
-        from ..graph.onnx_torch import write_back
+        from ..graph.onnx.as_torch import write_back
 
         write_back(module, _onnx(graph))
     changed = {}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from foldline.graph.errors import ConstraintError, TraceError
 from foldline.graph.fx import FXGraph, load_torch
-from foldline.graph.fx_custom import dequantize_linear, quantize_linear
+from foldline.graph.fx.custom import dequantize_linear, quantize_linear
 from foldline.graph.ir import Node
 from support.timm_models import timm, transformers
 from torch import Tensor, nn

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foldline.graph.fx import FXGraph, load_torch
-from foldline.graph.fx_modes import trainable_module
-from foldline.graph.fx_module import write_back
+from foldline.graph.fx.modes import trainable_module
+from foldline.graph.fx.module import write_back
 from foldline.graph.ir import Node
 from support.toys_base import fill
 from torch import Tensor, nn

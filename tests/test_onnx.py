@@ -14,7 +14,7 @@ import pytest
 import torch
 from foldline.graph.errors import ConstraintError, ModelFileError
 from foldline.graph.onnx import load_onnx
-from foldline.graph.onnx_save import save_onnx
+from foldline.graph.onnx.save import save_onnx
 from onnx import TensorProto, helper, numpy_helper
 from support.onnx_models import attention, node, parsed, plain, rand, run
 

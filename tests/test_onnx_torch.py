@@ -15,7 +15,7 @@ import torch
 from foldline.graph.errors import ConstraintError, FoldlineError, UnsupportedOp
 from foldline.graph.execute import to_numpy
 from foldline.graph.onnx import ONNXGraph, load_onnx
-from foldline.graph.onnx_torch import to_torch, write_back
+from foldline.graph.onnx.as_torch import to_torch, write_back
 from onnx import numpy_helper
 from support.timm_models import define_torchvision_operators
 from torch import nn
@@ -255,7 +255,7 @@ RANDOM = ("training_dropout", "bernoulli", "random")
 
 def test_node_tests_of_onnx(capsys: pytest.CaptureFixture[str]) -> None:
     """Every node test whose operators and types are claimed must agree with onnx's own reference."""
-    from foldline.graph.onnx_torch import _tensor
+    from foldline.graph.onnx.as_torch import _tensor
     from onnx.backend.test.case.node import collect_testcases
 
     def array(x: Any) -> np.ndarray:

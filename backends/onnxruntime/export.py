@@ -20,7 +20,7 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     import numpy as np
     import onnxscript
 
-    from ...graph.fx_custom import dequantize_linear, quantize_linear, storage_dtype
+    from ...graph.fx.custom import dequantize_linear, quantize_linear, storage_dtype
 
     op = onnxscript.opset20 if opset < 21 else onnxscript.opset21
 
@@ -150,7 +150,7 @@ def _example(graph: Graph) -> tuple[Any, ...]:
     """Tensors of the hint shapes; a dynamic dimension needs a size of at least 2 not to be specialised."""
     import torch
 
-    from ...graph.fx_ops import TORCH_DTYPES
+    from ...graph.fx.ops import TORCH_DTYPES
 
     arguments = []
     for v in graph.inputs:

@@ -1,0 +1,79 @@
+"""FX front end: an nn.Module or ExportedProgram as a canonical Graph over a functional ATen fx graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .clean import clean
+from .edit import FXEdits
+from .functional import Pure
+from .modes import graph_module
+from .module import write_back
+from .ops import known
+from .run import interpret
+from .tensors import from_numpy, to_numpy
+from .trace import capture
+
+
+def load_torch(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
+) -> FXGraph:
+    """The canonical graph of a PyTorch model; the model itself is not touched and its tensors are not copied.
+
+    Args:
+        model: a module (traced in eval mode whatever its flags) or an ExportedProgram.
+        example_inputs: tensor, tuple of arguments, dict of keyword arguments, or (tuple, dict); nested containers
+            are fine. Sizes matter, values do not. May be left out for an ExportedProgram.
+        dynamic_batch: leave dim 0 of the inputs symbolic where the model allows it (noted in ``graph.notes`` if not).
+        dynamic_shapes: torch.export's own specification, instead of ``dynamic_batch``.
+
+    Raises TraceError naming the line of the user's model where it cannot be captured.
+    """
+    found = capture(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
+    pure = Pure(found.program)
+    clean(pure.graph, known)
+    return FXGraph(found, pure)
+
+
+class FXGraph(FXEdits):
+    """A PyTorch model as a canonical graph; see FXView for what it holds and FXEdits for how it changes."""
+
+    kind = "fx"
+
+    def clone(self) -> FXGraph:
+        """A structural copy; tensors are shared and replaced, never modified, by edits of either."""
+        return FXGraph(self.source, None, like=self)
+
+    def bind(self, batch: Any) -> dict[str, np.ndarray]:
+        """One call's arguments as {graph input name: array}; see Graph.bind."""
+        return {k: to_numpy(v, k) for k, v in self.bind_tensors(batch).items()}
+
+    def run(
+        self, inputs: dict[str, Any], taps: Sequence[str] = (), grad: bool = False
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Execute the graph: ``inputs`` by graph input name; returns (outputs, {tapped value name: tensor}).
+
+        Without ``grad`` nothing is recorded for autograd. Raises ConstraintError naming a missing input or tap.
+        """
+        return interpret(self, inputs, taps, grad)
+
+    def to_graph_module(self) -> fx.GraphModule:
+        """The graph as an executable module in eval mode, same call signature and outputs as the model."""
+        return graph_module(self)
+
+    def to_model(self) -> nn.Module:
+        """The caller's own module class where it can express the edits, else a GraphModule (``notes`` says why)."""
+        return write_back(self)
+
+
+__all__ = ["FXGraph", "from_numpy", "load_torch", "to_numpy"]

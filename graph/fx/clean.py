@@ -1,0 +1,136 @@
+"""Clean-up of a pure fx graph: composite calls without canonical form decomposed, clutter and dead code removed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .functional import has_effect, make_functional, packet
+
+aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
+    """Remove clutter: unknown composites decomposed, full slices and double getitems gone, dead code out."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not known(node):
+            decompose(graph, node, known)
+    make_functional(graph)  # decompositions of torch write into their own temporaries
+    seen: dict[tuple[fx.Node, Any], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is operator.getitem:
+            first = seen.setdefault((node.args[0], node.args[1]), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+        elif node.target is aten.slice.Tensor and _is_full_slice(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif packet(node) in ("aten.view", "aten.reshape", "aten._unsafe_view") and len(node.args) > 1:
+            _infer_composite_size(node)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or has_effect(n))
+
+
+def _is_full_slice(node: fx.Node) -> bool:
+    start = node.args[2] if len(node.args) > 2 else None
+    end = node.args[3] if len(node.args) > 3 else None
+    step = node.args[4] if len(node.args) > 4 else 1
+    return bool(start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1)
+
+
+def _infer_composite_size(node: fx.Node) -> None:
+    """A size like ``batch * heads`` hides a constant in arithmetic: write -1 where it is the only such size."""
+    sizes = node.args[1]
+    if not isinstance(sizes, (list, tuple)) or any(isinstance(s, int) and s == -1 for s in sizes):
+        return
+    composite = [i for i, s in enumerate(sizes) if isinstance(s, fx.Node) and s.target is not aten.sym_size.int]
+    if len(composite) == 1:
+        node.update_arg(1, [-1 if i == composite[0] else s for i, s in enumerate(sizes)])
+
+
+def _var_mean(x: torch.Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    return aten.var.correction(x, dim, correction=correction, keepdim=keepdim), aten.mean.dim(x, dim, keepdim)
+
+
+def _std_mean(x: torch.Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Any:
+    return aten.std.correction(x, dim, correction=correction, keepdim=keepdim), aten.mean.dim(x, dim, keepdim)
+
+
+_OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.var_mean.correction: _var_mean,
+    aten.std_mean.correction: _std_mean,
+}
+
+
+def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], depth: int = 0) -> None:
+    """Open up a call without canonical form through its own or the core decomposition; leave it where there is none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or depth > 4:
+        return
+    if target.has_kernel_for_dispatch_key(_COMPOSITE):
+        function: Callable[..., Any] = target.decompose
+    else:
+        table = torch._decomp.core_aten_decompositions()
+        if target in _OWN_DECOMPOSITIONS:
+            function = _OWN_DECOMPOSITIONS[target]
+        elif target in table:
+            function = table[target]
+        else:
+            return
+    flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+    slots = [i for i, x in enumerate(flat) if isinstance(x, fx.Node)]
+
+    def call(*values: Any) -> Any:
+        full = list(flat)
+        for i, v in zip(slots, values, strict=True):
+            full[i] = v
+        args, kwargs = torch.utils._pytree.tree_unflatten(full, spec)
+        out = function(*args, **kwargs)
+        return tuple(out) if isinstance(out, (tuple, list)) else out
+
+    examples = [flat[i].meta.get("val") for i in slots]
+    if any(v is None for v in examples):
+        return
+    try:
+        body = make_fx(call, tracing_mode="symbolic" if not _has_fake(examples) else "real")(*examples)
+    except Exception:  # no decomposition for these arguments: the call stays whole (and becomes opaque)
+        return
+    if any(n.op == "get_attr" for n in body.graph.nodes):
+        return
+    env: dict[fx.Node, Any] = {}
+    made: list[fx.Node] = []
+    value: Any = None
+    with graph.inserting_before(node):
+        feed = iter([flat[i] for i in slots])
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = next(feed)
+            elif inner.op == "output":
+                value = fx.node.map_arg(inner.args[0], lambda n: env[n])
+            else:
+                new = graph.node_copy(inner, lambda n: env[n])
+                new.meta = {**node.meta, "val": inner.meta.get("val")}
+                env[inner] = new
+                made.append(new)
+    if isinstance(value, (tuple, list)):
+        for user in list(node.users):
+            user.replace_all_uses_with(value[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    for new in made:
+        if not known(new):
+            decompose(graph, new, known, depth + 1)
+
+
+def _has_fake(values: list[Any]) -> bool:
+    return any(isinstance(v, torch._subclasses.FakeTensor) for v in values)

@@ -1,0 +1,59 @@
+"""Shapes of an edited fx graph: one call evaluated on fake tensors, and the baked sizes that simply follow an input."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import ConstraintError
+from .functional import packet
+
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def meta_of(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """Fake tensor of a stored one (static shape, same dtype and device)."""
+    with mode:
+        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
+
+
+def propagate(mode: FakeTensorMode, node: fx.Node) -> Any:
+    """Fake result of one call. ConstraintError naming the node where the operands' shapes do not fit."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    level = _FAKE_LOG.level
+    _FAKE_LOG.setLevel(logging.CRITICAL)  # torch logs a traceback of what is raised as a ConstraintError here
+    try:
+        with mode, enable_python_dispatcher(), torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        shapes = [tuple(v.shape) for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+        raise ConstraintError(
+            f"shapes do not fit after the edits: {str(error).strip().splitlines()[0][:200]}",
+            node=node.name,
+            found=f"{node.target} on {shapes}",
+            hint="every tensor that shares the edited axis must be cut alike",
+        ) from error
+    finally:
+        _FAKE_LOG.setLevel(level)
+
+
+def sync_baked_sizes(node: fx.Node) -> bool:
+    """Rewrite arguments that must equal a size of an operand (``normalized_shape``); True if one changed."""
+    if packet(node) not in ("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm"):
+        return False
+    shape = list(node.args[1])  # type: ignore[arg-type]
+    weight = node.args[2] if len(node.args) > 2 else node.kwargs.get("weight")
+    source = weight if isinstance(weight, fx.Node) else node.args[0]
+    value = source.meta.get("val")  # type: ignore[union-attr]
+    if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape[-len(shape) :]):
+        return False
+    wanted = [int(s) for s in value.shape[-len(shape) :]]
+    if wanted == shape:
+        return False
+    node.update_arg(1, wanted)
+    return True

@@ -1,0 +1,393 @@
+"""The ONNX front end: ONNXGraph, a canonical view over an onnx_ir model that stays the single source of truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from ..errors import ConstraintError
+from ..ir import Graph, Node, Value, Weight
+from . import edit as onnx_edit
+from . import load as onnx_load
+from . import native as onnx_native
+from . import place as onnx_place
+from . import sizes as onnx_sizes
+from . import weights as onnx_weights
+from .ops import Canon, canonicalize
+from .run import Session
+from .scope import location_of, scope_of
+from .shapes import Info, ShapeTable
+
+UNKNOWN = Info(None, None, None, "")
+SESSIONS = 4
+LITERAL = 4096
+"""Tensors that feed attributes are literals up to this many elements."""
+
+
+class ONNXGraph(Graph):
+    """A model in ONNX as canonical nodes.
+
+    ``model`` is the native graph: every edit changes it first and then re-reads what it touched, so the two cannot
+    disagree. Names of nodes and values are those of the file (a node without a name gets one in the view only).
+    """
+
+    kind = "onnx"
+
+    def __init__(self, model: ir.Model, *, form: str = "ir", table: ShapeTable | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.form = form
+        self.source: Path | None = None
+        self.table = table if table is not None else ShapeTable(model)
+        if table is None:
+            self.table.load()
+        self.name = model.graph.name or "graph"
+        self.view: dict[ir.Value, Value] = {}
+        self.canon: dict[Node, Canon] = {}
+        self.by_native: dict[ir.Node, Node] = {}
+        self.settled: dict[ir.Node, None] = {}
+        self.carriers: dict[Weight, list[ir.Value]] = {}
+        self.dirty: set[ir.Node] = set()
+        self.moved: set[ir.Value] = set()
+        self.idle: list[ir.Value] = []
+        self.baked = False
+        self._sessions: dict[tuple[str, ...], Session] = {}
+        self._tied: dict[Any, Weight] = {}
+        self.taken: set[str] = set()
+        self.resync()
+        self.notes += self.table.notes
+
+    # ---- the view ------------------------------------------------------------------------------------------
+    def resync(self) -> None:
+        """Read the whole native graph again; objects that stand for the same native thing are kept."""
+        graph = self.model.graph
+        self.taken = names_in(self.model)
+        self.nodes, alive = [], set()
+        readings = [(n, canonicalize(n, self.table)) for n in graph if not onnx_native.is_constant_node(n)]
+        self.settled = dict.fromkeys(n for n, c in readings if self._is_settled(n, c))
+        for native in self.settled:
+            for output in native.outputs:
+                self.settled_value(output)
+                alive.add(output)
+        readings = [(n, c) for n, c in readings if n not in self.settled]
+        for value in graph.inputs:
+            self.value_of(value).is_input = True
+            alive.add(value)
+        stored = [v for v in graph.initializers.values() if not v.is_graph_input()]
+        stored += [n.outputs[0] for n in graph if onnx_native.is_constant_node(n)]
+        operands = {n.inputs[i] for n, c in readings for i in c.operands if i is not None}
+        operands |= {v for n, _ in readings for v in onnx_native.captures(n, graph)} | set(graph.outputs)
+        for value in stored:
+            alive.add(value)
+            self.constant_of(value, operand=value in operands or not value.uses())
+        used_names: set[str] = set()
+        for native, canon in readings:
+            node = self.by_native.get(native)
+            if node is None:
+                node = self.by_native[native] = self._new_node(native, used_names)
+            used_names.add(node.name)
+            self.nodes.append(node)
+            self._read(node, canon)
+            alive.update(native.outputs)
+        keep = set(self.nodes)
+        self.by_native = {k: v for k, v in self.by_native.items() if v in keep}
+        self.canon = {k: v for k, v in self.canon.items() if k in keep}
+        self.view = {k: v for k, v in self.view.items() if k in alive}
+        self.values = {v.name: v for k, v in self.view.items() if k.name}
+        self.inputs = [self.value_of(v) for v in graph.inputs]
+        for view in self.values.values():
+            view.is_output = False
+        self.outputs = [self.value_of(v) for v in graph.outputs]
+        for view in self.outputs:
+            view.is_output = True
+        self._sort_weights(stored)
+        self._link()
+
+    def _is_settled(self, native: ir.Node, canon: Canon) -> bool:
+        """A size computation whose result is the same in every run: the view shows literals instead of nodes."""
+        elements = [self.table.elements.get(o) for o in native.outputs]
+        return canon.op in ("scalar", "shape_of") and all(e is not None and e.all_known for e in elements)
+
+    def settled_value(self, native: ir.Value) -> Value:
+        value = self.value_of(native)
+        value.literal, value.producer = self.table.elements[native].a, None
+        return value
+
+    def _new_node(self, native: ir.Node, used: set[str]) -> Node:
+        base = native.name or f"{native.op_type}:{native.outputs[0].name if native.outputs else ''}"
+        name, i = base, 1
+        while name in used:
+            name, i = f"{base}#{i}", i + 1
+        origin = (
+            native.op_type if native.domain in onnx_native.STANDARD_DOMAINS else f"{native.domain}::{native.op_type}"
+        )
+        return Node(
+            name, "opaque", [], [], origin=origin, scope=scope_of(native), location=location_of(native), native=native
+        )
+
+    def _read(self, node: Node, canon: Canon) -> None:
+        native: ir.Node = node.native
+        self.canon[node] = canon
+        node.op, node.attrs = canon.op, dict(canon.attrs)
+        operands = [None if i is None else native.inputs[i] for i in canon.operands]
+        node.inputs = [None if v is None else self.operand_of(v) for v in operands]
+        node.outputs = [self.value_of(v) for v in native.outputs if v.name]
+        for value in node.outputs:
+            value.literal = None
+        feeds = [native.inputs[i] for i in canon.sizes]
+        node.dynamic = [self.value_of(v) for v in feeds if v is not None and not self._fixed(v)]
+        node.captured = [self.operand_of(v) for v in onnx_native.captures(native, self.model.graph)]
+
+    def _fixed(self, native: ir.Value) -> bool:
+        return onnx_native.constant_tensor(native) is not None or native.producer() in self.settled
+
+    def reread(self, node: Node) -> None:
+        """Read one node again after its native form changed, and repair the uses of its operands."""
+        for value in node.inputs:
+            if value is not None:
+                value.uses = [u for u in value.uses if u[0] is not node]
+        self._read(node, canonicalize(node.native, self.table))
+        for i, value in enumerate(node.inputs):
+            if value is not None:
+                value.uses.append((node, i))
+        for i, value in enumerate(node.outputs):
+            value.producer, value.index = node, i
+
+    def value_of(self, native: ir.Value) -> Value:
+        """The view of a native value, made on first sight, with the shape the table knows now."""
+        info = self.table.info.get(native, UNKNOWN)
+        value = self.view.get(native)
+        if value is None:
+            value = self.view[native] = Value(native.name or "", info.shape, info.a, info.dtype, native=native)
+            if native.name:
+                self.values[native.name] = value
+        value.shape, value.hint, value.dtype = info.shape, info.a, info.dtype
+        return value
+
+    def operand_of(self, native: ir.Value) -> Value:
+        if onnx_native.constant_tensor(native) is not None:
+            return self.constant_of(native, operand=True)
+        return self.value_of(native)
+
+    def constant_of(self, native: ir.Value, *, operand: bool) -> Value:
+        """View of a stored value: a Weight if it is an operand, a literal if it is a scalar or feeds attributes."""
+        value = self.value_of(native)
+        tensor = onnx_native.constant_tensor(native)
+        assert tensor is not None
+        scalar = len(tensor.shape) == 0
+        is_float = tensor.dtype.is_floating_point()
+        value.literal = None
+        if scalar or (not operand and value.weight is None and tensor.size <= LITERAL):
+            value.literal = tensor.numpy()
+        if value.weight is None and (
+            (operand and not scalar) or value.literal is None or (scalar and is_float and native.is_initializer())
+        ):
+            value.weight = self._weight(native, value, tensor)
+        return value
+
+    def _weight(self, native: ir.Value, value: Value, tensor: ir.TensorProtocol) -> Weight:
+        key = storage_key(native)
+        weight = self._tied.get(key)
+        if weight is not None and storage_key(self.carriers[weight][0]) == key:
+            if native not in self.carriers[weight]:
+                self.carriers[weight].append(native)
+            weight.aliases = tuple(v.name or "" for v in self.carriers[weight])
+            return weight
+        kind = onnx_load.kind_of(native, tensor)
+        weight = Weight(
+            value.name, onnx_native.tensor_shape(tensor), value.dtype, kind, lambda: _load(native), (value.name,),
+            value, kind == "parameter" and tensor.dtype.is_floating_point(),
+        )  # fmt: skip
+        self._tied[key] = weight
+        self.carriers[weight] = [native]
+        return weight
+
+    def _sort_weights(self, stored: Sequence[ir.Value]) -> None:
+        found: dict[str, Weight] = {}
+        for native in stored:
+            weight = self.view[native].weight
+            if weight is not None:
+                found.setdefault(weight.name, weight)
+        self.weights = found
+        alive = set(stored)
+        for weight in list(self.carriers):
+            self.carriers[weight] = [v for v in self.carriers[weight] if v in alive]
+            if not self.carriers[weight]:
+                del self.carriers[weight]
+        self._tied = {k: w for k, w in self._tied.items() if w in self.carriers}
+
+    # ---- edits ---------------------------------------------------------------------------------------------
+    def touch(self) -> None:
+        self._sessions.clear()
+
+    def set_weight(self, weight: Weight, data: np.ndarray) -> None:
+        onnx_weights.set_weight(self, weight, data)
+
+    def slice_weight(self, weight: Weight, kept: dict[int, np.ndarray]) -> None:
+        onnx_weights.slice_weight(self, weight, kept)
+
+    def add_weight(self, name: str, data: np.ndarray, *, trainable: bool = False) -> Value:
+        return onnx_weights.add_weight(self, name, data, trainable=trainable)
+
+    def set_attr(self, node: Node, **attrs: Any) -> None:
+        onnx_edit.set_attr(self, node, attrs)
+
+    def set_input(self, node: Node, position: int, value: Value | None) -> None:
+        onnx_edit.set_input(self, node, position, value)
+
+    def replace_uses(self, old: Value, new: Value, *, except_nodes: Iterable[Node] = ()) -> None:
+        onnx_edit.replace_uses(self, old, new, except_nodes)
+
+    def insert(
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        attrs: dict[str, Any] | None = None,
+        *,
+        name: str,
+        after: Node | None = None,
+        scope: str = "",
+    ) -> Node:
+        return onnx_edit.insert(self, op, inputs, attrs or {}, name=name, after=after, scope=scope)
+
+    def erase(self, node: Node) -> None:
+        onnx_edit.erase(self, node)
+
+    def untie(self, weight: Weight) -> list[Weight]:
+        """Give each use of a shared weight a copy of its own (exporters merge tensors that are merely equal)."""
+        return onnx_weights.untie(self, [weight])[0]
+
+    def separate_shared(self) -> int:
+        shared = [
+            w
+            for w in self.weights.values()
+            if len(w.shape) == 1 and w.size > 1 and w.dtype.startswith(("float", "bfloat"))
+            if w.value is not None and len({n.name for n, _ in w.value.uses}) > 1
+        ]
+        return sum(len(group) - 1 for group in onnx_weights.untie(self, shared)) if shared else 0
+
+    def refresh(self) -> None:
+        onnx_place.drop_idle(self)
+        if self.baked:
+            onnx_sizes.drop_dead_sizes(self)
+        self.settle()
+
+    def settle(self) -> None:
+        """Recompute shapes and view, removing nothing."""
+        self.table.update(self.dirty, self.moved)
+        self.dirty, self.moved = set(), set()
+        onnx_place.write_shapes(self)
+        self.resync()
+        self.touch()
+
+    def clone(self) -> ONNXGraph:
+        model = self.model.clone()
+        pairs = dict(zip(native_values(self.model), native_values(model), strict=True))
+        other = ONNXGraph(model, form=self.form, table=self.table.moved_to(model, pairs))
+        nodes = dict(zip(self.model.graph, model.graph, strict=True))
+        other.dirty = {nodes[n] for n in self.dirty if n in nodes}
+        other.moved = {pairs[v] for v in self.moved if v in pairs}
+        other.idle = [pairs[v] for v in self.idle if v in pairs]
+        other.source, other.baked, other.notes = self.source, self.baked, list(self.notes)
+        return other
+
+    def inline(self) -> ONNXGraph:
+        """A new graph in which calls of local functions are replaced by their bodies, so that rules see the ops."""
+        from onnx_ir.passes.common import InlinePass
+
+        other = ONNXGraph(InlinePass()(self.model.clone()).model, form=self.form)
+        other.source = self.source
+        return other
+
+    def to_model(self) -> ir.Model | onnx.ModelProto:
+        """A copy of the model as it is now: ModelProto if one came in, else onnx_ir.Model (sharing weight data)."""
+        if self.dirty or self.moved or self.idle:
+            self.refresh()
+        if self.form == "proto":
+            return onnx_native.serialize(self.model)
+        return self.model.clone()
+
+    # ---- running -------------------------------------------------------------------------------------------
+    def bind(self, batch: Any) -> dict[str, np.ndarray]:
+        return onnx_load.bind(batch, self.model.graph)
+
+    def run(
+        self, inputs: Mapping[str, np.ndarray], taps: Sequence[str] = ()
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """Run in ONNX Runtime (CPU, no graph rewrites): graph outputs in order, and the values named in ``taps``.
+
+        Sessions are kept until the next edit. Raises ConstraintError for inputs that do not fit, OrtError
+        (a BackendError) where the runtime fails.
+        """
+        if self.dirty or self.moved:
+            self.settle()
+        key = tuple(taps)
+        if key not in self._sessions:
+            while len(self._sessions) >= SESSIONS:
+                self._sessions.pop(next(iter(self._sessions)))
+            self._sessions[key] = Session(self.model, taps)
+        return self._sessions[key].run(inputs)
+
+
+def load_onnx(model: str | Path | onnx.ModelProto | ir.Model, example_inputs: Any = None) -> ONNXGraph:
+    """Read an ONNX model; external data stays on disk and is memory-mapped, the caller's object is never changed.
+
+    Args:
+        model: path, ModelProto or onnx_ir.Model.
+        example_inputs: what ``ONNXGraph.bind`` takes; their sizes become the hints of dynamic dimensions.
+
+    Raises:
+        ModelFileError: the file or its external data is missing, truncated or not ONNX.
+        ConstraintError: the example inputs do not fit the model.
+    """
+    native, form, source = onnx_load.read(model)
+    sizes = None
+    if example_inputs is not None:
+        bound = onnx_load.bind(example_inputs, native.graph)
+        sizes = {name: tuple(np.shape(x)) for name, x in bound.items()}
+    table = ShapeTable(native, sizes)
+    table.load()
+    graph = ONNXGraph(native, form=form, table=table)
+    graph.source = source
+    return graph
+
+
+def storage_key(native: ir.Value) -> Any:
+    """Equal for values that surely share their data: one tensor object, or one region of an external file."""
+    tensor = native.const_value if native.producer() is None else None
+    if tensor is None:
+        return native  # a Constant node
+    if isinstance(tensor, ir.ExternalTensor):
+        return (tensor.path, tensor.offset, tensor.length)
+    return id(tensor)
+
+
+def native_values(model: ir.Model) -> list[ir.Value]:
+    """All values of the main graph in a fixed order."""
+    graph = model.graph
+    return [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
+
+
+def names_in(model: ir.Model) -> set[str]:
+    """Every value and node name used anywhere in the model, subgraphs included."""
+    found: set[str] = set()
+    for graph in model.graphs():
+        found.update(v.name for v in graph.inputs if v.name)
+        found.update(graph.initializers)
+        for node in graph:
+            found.update(o.name for o in node.outputs if o.name)
+            if node.name:
+                found.add(node.name)
+    return found
+
+
+def _load(native: ir.Value) -> np.ndarray:
+    tensor = onnx_native.constant_tensor(native)
+    if tensor is None:
+        raise ConstraintError("the weight has been removed from the graph", value=native.name)
+    return tensor.numpy()
