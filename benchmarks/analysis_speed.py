@@ -3,13 +3,14 @@
     OMP_NUM_THREADS=1 python benchmarks/analysis_speed.py [--quick] [--timeout 120]
 
 Tracing is timed apart. Every model runs in its own process, so that one that hangs or exhausts memory is reported
-as such; the peer gets the same time limit. Needs the extras timm, transformers, bench.
+as such; both sides get 10 GiB of address space, the peer --timeout seconds. Needs the extras timm, transformers, bench.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -77,6 +78,11 @@ def peer(name: str) -> dict[str, Any]:
     return {"build_s": t1 - t0, "groups_s": time.perf_counter() - t1, "groups": count}
 
 
+def limit_memory(gigabytes: int = 10) -> None:
+    """A side that wants more address space than this fails instead of taking the machine down."""
+    resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
+
+
 def isolated(side: str, name: str, limit: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
@@ -97,6 +103,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the models, not the depths")
     args = parser.parse_args()
     if args.one:
+        limit_memory()
         print(json.dumps({"ours": ours, "peer": peer}[args.one[0]](args.one[1])))
         return
     print("| model | nodes | trace s | axis_groups s | groups (free) | torch-pruning build s | get_all_groups s |")
