@@ -8,12 +8,13 @@ import foldline as fl
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from foldline import passes as P
 from foldline.graph.actions import Plan, apply_plan
 from foldline.graph.errors import ConfigError, ConstraintError
 from foldline.graph.groups import axis_groups
 from foldline.passes.prune.importance import importance
-from foldline.passes.prune.select import block, counts_to_keep
+from foldline.passes.prune.select import block, counts_to_keep, isomorphic, normalized, structure
 from support.frontends import exported
 from support.resnet_cifar import ResNetCifar
 from support.toys import toy
@@ -30,16 +31,74 @@ def small() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return model.eval(), (torch.randn(3, 6),)
 
 
-@pytest.mark.parametrize(("criterion", "power"), [("l1", 1), ("l2", 2)])
-def test_magnitude_equals_the_hand_count(criterion: str, power: int) -> None:
+HAND = {
+    "l1": lambda m: m.abs().sum(1),
+    "l2": lambda m: m.square().sum(1).sqrt(),
+    "linf": lambda m: m.abs().amax(1),
+    "fpgm": lambda m: torch.cdist(m, m).sum(1),
+    "cosine": lambda m: 1 - (F.normalize(m) @ F.normalize(m).T - torch.eye(len(m)).double()).abs().amax(1),
+}
+
+
+@pytest.mark.parametrize("criterion", sorted(HAND))
+def test_scores_equal_the_hand_count(criterion: str) -> None:
     model, x = small()
     groups = axis_groups(fl.load(model, x))
     g = groups["0.weight:0"]
     scores = importance(groups, [g], criterion, 0)[g]
-    rows = model[0].weight.detach().double().abs().pow(power).sum(1)
-    columns = model[2].weight.detach().double().abs().pow(power).sum(0)
-    expected = (rows / rows.mean() + columns / columns.mean()).pow(1 / power)
-    assert np.allclose(scores, expected.numpy())
+    parts = [HAND[criterion](m.double()) for m in (model[0].weight.detach(), model[2].weight.detach().T)]
+    expected = sum(p / p.mean() for p in parts) / 2
+    assert np.allclose(scores, expected.numpy(), atol=1e-6)
+
+
+def test_reductions_and_normalizers() -> None:
+    model, x = small()
+    groups = axis_groups(fl.load(model, x))
+    g = groups["0.weight:0"]
+    first, mean, total, top, product = (
+        importance(groups, [g], "l2", 0, r)[g] for r in ("first", "mean", "sum", "max", "product")
+    )
+    second = total - first
+    assert np.allclose(mean, total / 2) and np.allclose(top, np.maximum(first, second))
+    assert np.allclose(product, first * second)
+    s = np.array([1.0, 4.0, 2.0])
+    assert np.allclose(normalized(s, "lamp"), [1 / 7, 1.0, 2 / 6])
+    assert np.allclose(normalized(s, "sum").sum(), 1) and normalized(s, "max").max() == 1
+    assert np.allclose(normalized(s, "mean").mean(), 1) and abs(normalized(s, "gaussian").mean()) < 1e-12
+    assert (normalized(s, "none") == s).all()
+
+
+def test_a_copy_of_another_index_goes_first_by_cosine() -> None:
+    model, x = small()
+    with torch.no_grad():
+        model[0].weight[6] = 3 * model[0].weight[2]
+        model[2].weight[:, 6] = -2 * model[2].weight[:, 2]
+    result = P.prune(model, x, criterion="cosine", ratio=0.125)
+    assert set(range(8)) - set(result.plan.weights["0.weight"][0]) <= {2, 6}
+
+
+def test_norm_scale_leaves_alone_what_has_no_norm() -> None:
+    model, x = toy("residual_cnn")
+    with torch.no_grad():
+        model.a1[1].weight[[0, 3]] = 1e-6
+    result = P.prune(model, x, criterion="norm_scale", ratio=0.34)
+    assert result.plan.weights["a1.0.weight"][0] == [1, 2, 4, 5]
+    plain, y = small()
+    with pytest.raises(ConstraintError, match="nothing was pruned"):
+        P.prune(plain, y, criterion="norm_scale", ratio=0.5)
+
+
+def test_isomorphic_groups_compete_among_themselves() -> None:
+    torch.manual_seed(0)
+    model = ResNetCifar(3).eval()
+    groups = axis_groups(fl.load(model, (torch.randn(2, 3, 32, 32),)))
+    inner = [groups[f"layer{k}.1.conv1.weight:0"] for k in (1, 2, 3)]
+    assert len({structure(g) for g in inner}) == 1
+    assert structure(groups["conv1.weight:0"]) != structure(inner[0])
+    scores = importance(groups, [*inner, groups["conv1.weight:0"]], "l2", 0)
+    kept = isomorphic(scores, 0.5, 1, 1)
+    assert sum(len(kept[g]) for g in inner) == pytest.approx(sum(g.size for g in inner) / 2, abs=3)
+    assert len(kept[groups["conv1.weight:0"]]) == 8
 
 
 def test_the_least_important_indices_go() -> None:
@@ -68,7 +127,7 @@ def test_callers_model_stays_as_it_was_and_flags_are_kept() -> None:
 
 @pytest.mark.parametrize("front", ["fx", "onnx"])
 @pytest.mark.parametrize("target", [fl.macs(0.5), fl.params(0.4)])
-@pytest.mark.parametrize("scope", ["uniform", "global"])
+@pytest.mark.parametrize("scope", ["uniform", "global", "isomorphic"])
 def test_targets_are_met(front: str, target: fl.Target, scope: str) -> None:
     torch.manual_seed(0)
     model = ResNetCifar(3).eval()

@@ -1,31 +1,84 @@
-"""Importance of every index of an axis group: small functions of (group, weights), all groups at once."""
+"""Importance of every index of an axis group: small functions of one member's slabs, reduced over the members."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from ...graph.errors import ConfigError
-from ...graph.groups import AxisGroup, AxisGroups
-from ...graph.ir import Weight
+from ...graph.groups import AxisGroup, AxisGroups, Member
 
 Scores: TypeAlias = dict[AxisGroup, np.ndarray]
 """One float64 score per index of each group; higher is more important."""
 Criterion: TypeAlias = Callable[[AxisGroup, AxisGroups], np.ndarray]
 """A user's own criterion: (group, all groups) -> one score per index."""
+Reduction: TypeAlias = Literal["mean", "sum", "max", "first", "product"]
 
-POWERS = {"l1": 1, "l2": 2}
-CRITERIA = (*POWERS, "random")
+NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
 
 
-def importance(groups: AxisGroups, chosen: Iterable[AxisGroup], criterion: str | Criterion, seed: int) -> Scores:
-    """Scores of every index of the chosen groups.
+def l1(slabs: np.ndarray) -> np.ndarray:
+    """Sum of absolute values ("Pruning Filters for Efficient ConvNets")."""
+    return np.abs(slabs).sum(axis=1, dtype=np.float64)
 
-    ``"l1"``/``"l2"``: norm of the group's slabs over all member weights that produce or consume the index (Li et al.,
-    "Pruning Filters for Efficient ConvNets"; DepGraph's group form), each member divided by its own mean so that wide
-    and narrow members count alike. ``"random"``: the baseline; same seed, same scores.
+
+def l2(slabs: np.ndarray) -> np.ndarray:
+    """Euclidean norm; over all members of a group the criterion of "DepGraph: Towards Any Structural Pruning"."""
+    return np.sqrt(np.einsum("ij,ij->i", slabs, slabs, dtype=np.float64))
+
+
+def linf(slabs: np.ndarray) -> np.ndarray:
+    """Largest absolute value."""
+    return np.asarray(np.abs(slabs).max(axis=1), dtype=np.float64)
+
+
+def fpgm(slabs: np.ndarray) -> np.ndarray:
+    """Sum of distances to all other slabs: what lies near the geometric median is replaceable ("Filter Pruning via
+    Geometric Median")."""
+    x = slabs.astype(np.float64)
+    square = np.einsum("ij,ij->i", x, x)
+    distance = np.sqrt(np.maximum(square[:, None] + square[None, :] - 2 * (x @ x.T), 0))
+    return np.asarray(distance.sum(axis=1))
+
+
+def cosine(slabs: np.ndarray) -> np.ndarray:
+    """One minus the largest absolute cosine with another slab: a near copy of another index can go."""
+    x = slabs.astype(np.float64)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    similar = np.abs(x @ x.T)
+    np.fill_diagonal(similar, 0)
+    return np.asarray(1 - similar.max(axis=1))
+
+
+CRITERIA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "l1": l1,
+    "l2": l2,
+    "linf": linf,
+    "fpgm": fpgm,
+    "cosine": cosine,
+    "norm_scale": l1,
+}
+"""Each maps one member's slabs, float (indices, elements per index), to a score per index. ``norm_scale`` reads the
+gains of normalizations only ("Learning Efficient Convolutional Networks through Network Slimming")."""
+NAMES = (*CRITERIA, "random")
+
+
+def importance(
+    groups: AxisGroups,
+    chosen: Iterable[AxisGroup],
+    criterion: str | Criterion,
+    seed: int,
+    reduction: Reduction = "mean",
+) -> Scores:
+    """Scores of every index of the chosen groups (groups that a criterion cannot judge are left out).
+
+    Each member's scores are divided by their mean, so that wide and narrow members count alike, and then reduced over
+    the members. ``"random"`` is the baseline: same seed, same scores.
+
+    Raises:
+        ConfigError: unknown criterion, or a user's criterion that does not return one finite score per index.
     """
     chosen = list(chosen)
     if callable(criterion):
@@ -33,9 +86,15 @@ def importance(groups: AxisGroups, chosen: Iterable[AxisGroup], criterion: str |
     if criterion == "random":
         rng = np.random.default_rng(seed)
         return {g: rng.random(g.size) for g in chosen}
-    if criterion not in POWERS:
-        raise ConfigError("unknown criterion", value=criterion, expected=", ".join(CRITERIA) + " or a callable")
-    return _magnitude(chosen, POWERS[criterion])
+    if criterion not in CRITERIA:
+        raise ConfigError("unknown criterion", value=criterion, expected=", ".join(NAMES) + " or a callable")
+    judged = _gains if criterion == "norm_scale" else members_that_count
+    scores: Scores = {}
+    for g in chosen:
+        parts = [_relative(CRITERIA[criterion](slabs_of(g, m))) for m in judged(g)]
+        if parts:
+            scores[g] = _reduce(parts, reduction)
+    return scores
 
 
 def _checked(g: AxisGroup, scores: np.ndarray) -> np.ndarray:
@@ -47,41 +106,43 @@ def _checked(g: AxisGroup, scores: np.ndarray) -> np.ndarray:
     return scores
 
 
-def _magnitude(chosen: list[AxisGroup], power: int) -> Scores:
-    # |W|^p is reduced once per (weight, axis), weight by weight, so that no weight is held longer than needed.
-    wanted: dict[Weight, set[int]] = {}
-    for g in chosen:
-        for m in members_that_count(g):
-            wanted.setdefault(m.weight, set()).add(m.axis)
-    sums: dict[tuple[Weight, int], np.ndarray] = {}
-    for w, axes in wanted.items():
-        data = w.numpy()
-        data = data if data.dtype in (np.float32, np.float64) else data.astype(np.float32)
-        for axis in axes:
-            sums[w, axis] = _reduce(data, axis, power)
-    scores: Scores = {}
-    for g in chosen:
-        total = np.zeros(g.size)
-        for m in members_that_count(g):
-            at = m.positions(g.atom)
-            inside = at >= 0
-            part = np.bincount(at[inside], weights=sums[m.weight, m.axis][inside], minlength=g.size)
-            mean = part.mean()
-            total += part / mean if mean > 0 else part
-        scores[g] = total ** (1 / power)
-    return scores
+def _relative(scores: np.ndarray) -> np.ndarray:
+    mean = float(scores.mean())
+    return scores / mean if mean > 0 else scores
 
 
-def members_that_count(g: AxisGroup) -> list:  # type: ignore[type-arg]
+def _reduce(parts: list[np.ndarray], reduction: Reduction) -> np.ndarray:
+    stacked = np.stack(parts)
+    if reduction == "first":
+        return parts[0]
+    if reduction == "product":
+        return np.asarray(stacked.prod(axis=0))
+    if reduction == "max":
+        return np.asarray(stacked.max(axis=0))
+    return np.asarray(stacked.sum(axis=0) if reduction == "sum" else stacked.mean(axis=0))
+
+
+def slabs_of(g: AxisGroup, member: Member) -> np.ndarray:
+    """The member's data as one row per group index, (size, elements per index), float32 or float64."""
+    data = member.weight.numpy()
+    if data.dtype not in (np.float32, np.float64):
+        data = data.astype(np.float32)
+    at = member.positions(g.atom)
+    order = np.argsort(at, kind="stable")[int((at < 0).sum()) :]
+    return np.ascontiguousarray(np.moveaxis(data, member.axis, 0)[order]).reshape(g.size, -1)
+
+
+def members_that_count(g: AxisGroup) -> list[Member]:
     """The floating members whose slabs make or read the index; gains and tables only if there is nothing else."""
     floating = [m for m in g.members if m.weight.dtype.startswith(("float", "bfloat")) and not m.stat]
     main = [m for m in floating if m.role != "carries" and len(m.weight.shape) > 1]
     return main or floating
 
 
-def _reduce(data: np.ndarray, axis: int, power: int) -> np.ndarray:
-    """Sum of |data|^power over every axis but one, float64."""
-    moved = np.moveaxis(data, axis, 0).reshape(data.shape[axis], -1)
-    if power == 1:
-        return np.abs(moved).sum(axis=1, dtype=np.float64)
-    return np.einsum("ij,ij->i", moved, moved, dtype=np.float64)
+def _gains(g: AxisGroup) -> list[Member]:
+    """Members that are the gain of a normalization."""
+    return [
+        m
+        for m in g.members
+        if m.weight.value is not None and any(n.op in NORMS and i == 1 for n, i in m.weight.value.uses)
+    ]

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ...graph.actions import mask, select
 from ...graph.errors import ConstraintError, VerificationError
 from ...graph.execute import run_graph, synthesize_inputs
 from ...graph.groups import AxisGroup, AxisGroups, axis_groups
 from ...graph.ir import Graph
-from ..base import Context, Contract, Decision, Needs, Outcome, Pass
+from ..base import Context, Contract, Decision, Needs, Outcome, Pass, nearest
 from ..targets import Target
-from .importance import importance
-from .select import Kept, ranked, reach, uniform
+from .importance import NAMES, Reduction, importance
+from .select import Kept, Normalizer, isomorphic, ranked, reach, uniform
 
 IDENTITY_TOLERANCE = 1e-4
+
+
+def _known(criterion: Any) -> Any:
+    if isinstance(criterion, str) and criterion not in NAMES:
+        near = nearest(criterion, NAMES)
+        raise ValueError(f"unknown criterion {criterion!r}" + (f": did you mean {near!r}?" if near else ""))
+    return criterion
 
 
 class Prune(Pass):
@@ -40,15 +47,20 @@ class Prune(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"float"})
     establishes: ClassVar[frozenset[str]] = frozenset({"pruned"})
 
-    criterion: str | Callable[..., Any] = "l2"
-    """"l1", "l2", "random", or a callable (group, groups) -> one score per index."""
+    criterion: Annotated[str | Callable[..., Any], AfterValidator(_known)] = "l2"
+    """"l1", "l2", "linf", "fpgm" (distance to the others), "cosine" (distance to the nearest copy), "norm_scale"
+    (gains of normalizations), "random", or a callable (group, groups) -> one score per index."""
+    reduction: Reduction = "mean"
+    """How the scores of a group's members (each divided by its mean) become one."""
+    normalizer: Normalizer = "mean"
+    """How a group's scores are brought to a scale on which groups compare, where they compete (scope)."""
     ratio: float | None = None
     """Share of each prunable axis that goes (scope "uniform"), or of all indices (scope "global"); in (0, 1)."""
     target: Target | None = None
     """What is to remain instead: macs(0.5), params(0.5), bytes(1e6)."""
-    scope: Literal["uniform", "global"] = "uniform"
-    """"uniform": every group loses the same share; "global": all indices are ranked together, each score divided by
-    the mean of its group."""
+    scope: Literal["uniform", "global", "isomorphic"] = "uniform"
+    """"uniform": every group loses the same share; "global": all indices are ranked together; "isomorphic": indices
+    are ranked together with those of groups of the same structure."""
     round_to: int = Field(1, ge=1)
     """Every cut axis stays a multiple of this (8, 16, 32), at least one block; shorter axes are left whole."""
     min_keep: int = Field(1, ge=1)
@@ -71,16 +83,25 @@ class Prune(Pass):
         groups = axis_groups(graph)
         decisions: list[Decision] = []
         chosen = self._candidates(groups, decisions)
-        scores = importance(groups, chosen, self.criterion, ctx.seed)
-        pick = uniform if self.scope == "uniform" else ranked
+        scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction)
+        decisions += [
+            Decision(g.name, "kept", f"{self._criterion_name()} finds nothing to judge it by", {"size": g.size})
+            for g in chosen
+            if g not in scores
+        ]
+
+        def pick(ratio: float) -> Kept:
+            if self.scope == "uniform":
+                return uniform(scores, ratio, self.round_to, self.min_keep)
+            choose = ranked if self.scope == "global" else isomorphic
+            return choose(scores, ratio, self.round_to, self.min_keep, self.normalizer)
+
         details: dict[str, Any] = {}
         if self.target is None:
             assert self.ratio is not None
-            kept = pick(scores, self.ratio, self.round_to, self.min_keep) if scores else {}
+            kept = pick(self.ratio)
         else:
-            kept, ratio, share = reach(
-                groups, scores, lambda r: pick(scores, r, self.round_to, self.min_keep) if scores else {}, self.target
-            )
+            kept, ratio, share = reach(groups, scores, pick, self.target)
             details.update(ratio=ratio, target=str(self.target), reached=share)
         self._record(kept, decisions)
         cut = {g: k for g, k in kept.items() if len(k) < g.size}

@@ -1,9 +1,10 @@
-"""How many and which indices each group keeps: uniform and global ratios, blocks, and search for a cost target."""
+"""How many and which indices each group keeps: uniform, global and isomorphic ratios, blocks, and cost targets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import gcd
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from ...graph.preview import preview_cost
 from ..targets import Target
 from .importance import Scores
 
-Kept = dict[AxisGroup, np.ndarray]
+Kept: TypeAlias = dict[AxisGroup, np.ndarray]
+Normalizer: TypeAlias = Literal["mean", "max", "sum", "gaussian", "lamp", "none"]
 
 
 def block(g: AxisGroup, round_to: int) -> int:
@@ -47,13 +49,35 @@ def uniform(scores: Scores, ratio: float, round_to: int, min_keep: int) -> Kept:
     return {g: keep_best(s, counts_to_keep(g, g.size * (1 - ratio), round_to, min_keep)) for g, s in scores.items()}
 
 
-def ranked(scores: Scores, ratio: float, round_to: int, min_keep: int) -> Kept:
-    """The lowest ``ratio`` of all indices goes, scores being divided by the mean of their group."""
-    normal = {g: s / max(float(s.mean()), 1e-30) for g, s in scores.items()}
-    everything = np.concatenate([s for s in normal.values()])
+def normalized(scores: np.ndarray, normalizer: Normalizer) -> np.ndarray:
+    """Scores of one group on a scale that can be compared between groups.
+
+    ``lamp``: each score over the sum of all scores of the group that are not smaller ("Layer-adaptive Sparsity for
+    the Magnitude-based Pruning"); ``gaussian``: zero mean, unit variance.
+    """
+    if normalizer == "none":
+        return scores
+    if normalizer == "gaussian":
+        return np.asarray((scores - scores.mean()) / max(float(scores.std()), 1e-30))
+    if normalizer == "lamp":
+        order = np.argsort(scores, kind="stable")
+        ascending = scores[order]
+        out = np.empty_like(scores)
+        out[order] = ascending / np.maximum(np.cumsum(ascending[::-1])[::-1], 1e-30)
+        return out
+    scale = {"mean": scores.mean(), "max": scores.max(), "sum": scores.sum()}[normalizer]
+    return np.asarray(scores / max(float(scale), 1e-30))
+
+
+def ranked(scores: Scores, ratio: float, round_to: int, min_keep: int, normalizer: Normalizer = "mean") -> Kept:
+    """The lowest ``ratio`` of all indices goes, ranked together on the normalizer's scale."""
+    if not scores:
+        return {}
+    normal = {g: normalized(s, normalizer) for g, s in scores.items()}
+    everything = np.concatenate(list(normal.values()))
     order = np.argsort(everything, kind="stable")
     gone = np.zeros(len(everything), dtype=bool)
-    gone[order[: int(round(ratio * len(everything)))]] = True
+    gone[order[: round(ratio * len(everything))]] = True
     kept: Kept = {}
     at = 0
     for g, s in normal.items():
@@ -61,6 +85,25 @@ def ranked(scores: Scores, ratio: float, round_to: int, min_keep: int) -> Kept:
         kept[g] = keep_best(s, counts_to_keep(g, n, round_to, min_keep))
         at += g.size
     return kept
+
+
+def isomorphic(scores: Scores, ratio: float, round_to: int, min_keep: int, normalizer: Normalizer = "mean") -> Kept:
+    """As :func:`ranked`, but only groups of one structure compete ("Isomorphic Pruning for Vision Models")."""
+    classes: dict[tuple[tuple[str, int, int, str], ...], Scores] = {}
+    for g, s in scores.items():
+        classes.setdefault(structure(g), {})[g] = s
+    kept: Kept = {}
+    for alike in classes.values():
+        kept.update(ranked(alike, ratio, round_to, min_keep, normalizer))
+    return {g: kept[g] for g in scores}
+
+
+def structure(g: AxisGroup) -> tuple[tuple[str, int, int, str], ...]:
+    """The kinds of places a group occurs in: (op, operand, axis, role), each once, sorted."""
+    places = {
+        (n.op, i, m.axis, m.role) for m in g.members if m.weight.value is not None for n, i in m.weight.value.uses
+    }
+    return tuple(sorted(places))
 
 
 def reach(
