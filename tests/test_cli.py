@@ -242,3 +242,20 @@ def test_the_command_starts_fast_without_torch() -> None:
         [sys.executable, "-c", code + "; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "False"
+
+
+def test_a_model_that_cannot_be_traced_ends_with_one_message(tmp_path: Path) -> None:
+    """In a process of its own: torch logs and prints pages while an attempt fails."""
+    (tmp_path / "bad.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Bad(nn.Module):\n    def forward(self, x):\n"
+        "        if x.sum() > 0:\n            return x\n        return 2 * x\n\n\n"
+        "def make():\n    return Bad(), (torch.randn(2, 4),)\n\n\n"
+        "def wrong():\n    return nn.Linear(4, 4), (torch.randn(2, 5),)\n"
+    )
+    for name, line, words in (("make", "x.sum() > 0", "cannot be traced"), ("wrong", "(2, 5)", "fails on the example")):
+        done = subprocess.run(
+            [sys.executable, "-m", "foldline.cli", "inspect", f"bad.py:{name}"],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and line in done.stderr and words in done.stderr
+        assert done.stderr.startswith("TraceError") and len(done.stderr.splitlines()) <= 6, done.stderr

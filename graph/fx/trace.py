@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
+from .quiet import quiet_torch
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -117,8 +117,7 @@ def user_line(error: BaseException) -> str:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_torch():
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as first:
@@ -126,6 +125,21 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
                 return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=True)
             except Exception:
                 raise first from None
+
+
+def _run_eagerly(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TraceError if the model's own forward fails on the example inputs: then tracing is not to blame."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(x.shape) for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        raise TraceError(
+            f"the model fails on the example inputs: {_first_line(error)}",
+            node=user_line(error) or type(model).__name__,
+            found=f"example tensors of shape {', '.join(map(str, shapes))}",
+            hint="pass example inputs that model(*example_inputs) accepts",
+        ) from error
 
 
 def _batch_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, list[torch.Tensor]]:
@@ -247,6 +261,7 @@ def capture(
                 found = _auto_batch(traced, args, kwargs, notes)
             program = found[0] if found else _export(traced, args, kwargs, dynamic_shapes)
         except Exception as error:
+            _run_eagerly(traced, args, kwargs)
             raise TraceError(
                 f"the model cannot be traced: {_first_line(error)}",
                 node=user_line(error) or type(model).__name__,
