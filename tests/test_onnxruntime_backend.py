@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -264,3 +266,22 @@ def test_a_dimension_that_cannot_stay_dynamic_is_noted() -> None:
     assert difference(np.asarray(expected), artifact.run(feeds)[0])[1] < 1e-5
     fixed = [v.name for v in artifact.session.get_inputs() if all(isinstance(d, int) for d in v.shape)]
     assert bool(fixed) == bool(artifact.notes)
+
+
+def test_an_artifact_takes_nested_calls_like_the_model() -> None:
+    class Nested(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, batch: dict[str, torch.Tensor], *, scale: torch.Tensor) -> dict[str, Any]:
+            y = torch.relu(self.a(batch["x"])) * scale
+            return {"out": self.b(y), "extra": (y, batch["x"] + 1)}
+
+    model = Nested().eval()
+    call = (({"x": torch.randn(3, 4)},), {"scale": torch.rand(1, 1)})
+    artifact = CPU.lower(load_torch(model, call))
+    expected = model(*call[0], **call[1])
+    flat = [expected["out"], *expected["extra"]]
+    for found, want in zip(artifact.run(call), flat, strict=True):
+        assert np.allclose(found, want.detach().numpy(), atol=1e-5)

@@ -57,6 +57,7 @@ class OnnxRuntimeArtifact(Artifact):
         threads: operator threads of the session.
         example_inputs: one call's inputs by name, for :meth:`benchmark`.
         folder: a temporary folder that holds the file; it lives as long as the artifact.
+        bind: one call's arguments as {input name: array}, for models that take nested containers (``Graph.bind``).
 
     ``notes`` says what the user should know, e.g. a dimension that could not stay dynamic.
     """
@@ -69,6 +70,7 @@ class OnnxRuntimeArtifact(Artifact):
         threads: int | None,
         example_inputs: dict[str, np.ndarray] | None = None,
         folder: Any = None,
+        bind: Callable[[Any], dict[str, np.ndarray]] | None = None,
     ) -> None:
         self.model = model
         self.path = path
@@ -76,14 +78,17 @@ class OnnxRuntimeArtifact(Artifact):
         self.threads = threads
         self._example = example_inputs
         self._folder = folder
+        self._bind = bind
         self.notes: list[str] = []
         self.input_names = [v.name for v in session.get_inputs()]
         self.output_names = [v.name for v in session.get_outputs()]
         self.providers = list(session.get_providers())
 
     def feeds(self, inputs: Any) -> dict[str, np.ndarray]:
-        """One call's inputs by name, as contiguous numpy; they may come by name, in a tuple or list, or alone."""
-        if isinstance(inputs, dict):
+        """One call's inputs by name, as contiguous numpy; they come by name, or as the model itself is called."""
+        if self._bind is not None and _nested(inputs):
+            found = dict(self._bind(inputs))
+        elif isinstance(inputs, dict):
             found = dict(inputs)
         else:
             items = list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
@@ -148,3 +153,9 @@ def sort_nodes(model: ir.Model) -> Profile:
     found.dequantize = counts["DequantizeLinear"]
     found.counts = dict(sorted(counts.items()))
     return found
+
+
+def _nested(inputs: Any) -> bool:
+    """Whether a call holds containers within its tuple or dict of arguments."""
+    items = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return any(isinstance(x, (tuple, list, dict)) for x in items)

@@ -68,7 +68,9 @@ class _OnnxRuntime(Backend):
         if target is not None:
             save(model, target)
         session = open_session(model if target is None else target, names, threads=threads)
-        artifact = OnnxRuntimeArtifact(model, target, session, threads, _arguments(graph, example_inputs), folder)
+        artifact = OnnxRuntimeArtifact(
+            model, target, session, threads, _arguments(graph, example_inputs), folder, graph.bind
+        )
         artifact.notes += notes
         return artifact
 
