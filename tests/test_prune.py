@@ -185,8 +185,10 @@ def test_own_criterion_and_ignore() -> None:
 def test_bad_input_is_refused_and_says_what_to_change() -> None:
     model, x = small()
     before = hashes(model)
-    with pytest.raises(ConfigError, match="share that goes"):
+    with pytest.raises(ConstraintError, match="out of range"):
         P.prune(model, x, ratio=1.5)
+    with pytest.raises(ConstraintError, match="out of range"):
+        fl.Pipeline.from_dict({"passes": [{"prune": {"ratio": 0}}]})
     with pytest.raises(ConfigError, match="exactly one"):
         P.prune(model, x)
     with pytest.raises(ConstraintError, match="matches nothing"):

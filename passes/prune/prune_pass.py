@@ -75,7 +75,13 @@ class Prune(Pass):
         if (self.ratio is None) == (self.target is None):
             raise ValueError("give exactly one of ratio and target")
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must lie in (0, 1), found {self.ratio}: it is the share that goes")
+            raise ConstraintError(
+                "the ratio is out of range",
+                node="ratio",
+                expected="a number between 0 and 1: the share of each prunable axis that goes",
+                found=self.ratio,
+                hint="give what is to remain as a target instead, e.g. target=fl.macs(0.5)",
+            )
         return self
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
