@@ -150,6 +150,8 @@ class AxisGroups:
             name = f"{first.weight.name}:{first.axis}"
             g.name = f"{name}#{there.index(g)}" if len(there) > 1 else name
         for g in self.groups:
+            if not any(m.role in ("produces", "both") for m in g.members):
+                mark(Leaf(g.atom), ("scale",), "no weight produces these indices", "")
             g.nested = any((o := self._by_atom.get(a)) is not None and o.can("select") for a in inner.get(g.atom, ()))
 
     def _collect_axis(

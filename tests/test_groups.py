@@ -131,3 +131,31 @@ def test_meta_weights_are_enough() -> None:
         x = torch.zeros(2, 4096)
     groups = axis_groups(load_torch(model, (x,)))
     assert groups["0.weight:0"].can("select") and groups["0.weight:0"].size == 11008
+
+
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+@pytest.mark.parametrize("copies", ["tile", "interleave", "expand"])
+def test_copies_of_a_slab_cannot_be_scaled_apart(front: str, copies: str) -> None:
+    """Nothing produces the index of a copy, so its consumers alone would be divided."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(12, 5, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            if copies == "tile":
+                y = y.repeat(1, 3, 1, 1)
+            elif copies == "interleave":
+                y = y.repeat_interleave(3, 1)
+            else:
+                y = y[:, :, None].expand(-1, -1, 3, -1, -1).flatten(1, 2)
+            return self.b(y)
+
+    from support.frontends import load
+
+    groups = axis_groups(load(Net().eval(), (torch.randn(2, 3, 4, 4),), front))
+    one, many = sorted(groups.of("b.weight", 1), key=lambda g: len(g.members), reverse=True)
+    assert one.size == 4 and one.can("scale") and one.can("select")
+    assert many.size == 3 and not many.can("scale") and many.can("select")

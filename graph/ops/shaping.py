@@ -126,11 +126,18 @@ def _expand(an: Analysis, node: Node) -> None:
             flags.append(zero[i])
             origin.append(i)
         else:
-            spaces.append(fresh(n))
+            spaces.append(_copies(an, node, n))
             flags.append(False)
             origin.append(None)
     an.set(node.output, spaces, flags)
     an.keep_root(x, node.output, origin)
+
+
+def _copies(an: Analysis, node: Node, n: int) -> Space:
+    """A new axis of equal copies: no weight makes them apart, so they cannot be scaled apart."""
+    e = fresh(n)
+    an.no_scale(e, node, "copies of one slab")
+    return e
 
 
 def _repeats(re: Resize, node: Node) -> dict[str, Any]:
@@ -156,7 +163,7 @@ def _tile(an: Analysis, node: Node) -> None:
     flags: list[bool] = []
     for j, n in enumerate(node.output.hint):
         e = own[j - lead] if j >= lead else UNIT
-        r = fresh(n // max(e.size, 1))
+        r = _copies(an, node, n // max(e.size, 1))
         repeats.append(r)
         spaces.append(make_prod([r, e]))
         flags.append(j >= lead and zero[j - lead])
@@ -169,7 +176,7 @@ def _repeat_interleave(an: Analysis, node: Node) -> None:
     x = node.inputs[0]
     assert x is not None
     spaces, axis = list(an.of(x)), node.attrs["axis"]
-    r = fresh(node.attrs["repeats"])
+    r = _copies(an, node, node.attrs["repeats"])
     an.memo[node] = {"repeats": [r]}
     spaces[axis] = make_prod([spaces[axis], r])
     an.set(node.output, spaces, an.zeros(x))

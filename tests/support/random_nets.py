@@ -77,8 +77,83 @@ class RandomNet(nn.Module):
             self.layers[key] = nn.ModuleList([nn.LayerNorm(c), nn.Linear(c, 3 * c), nn.Linear(c, c)])
         elif kind == "act":
             a["f"] = rng.randrange(4)
+        else:
+            c = self._plan_more(kind, key, c, a)
         self.kinds.append((kind + ":" + key, a))
         return c
+
+    def _plan_more(self, kind: str, key: str, c: int, a: dict[str, int]) -> int:
+        rng = self.rng
+        if kind == "depthwise":
+            m = rng.choice((1, 2)) if c < 16 else 1
+            self._conv(key, c, c * m, 3, c)
+            return c * m
+        if kind == "transposed":
+            g = rng.choice([d for d in (1, 2, 3) if c % d == 0])
+            cout = g * rng.randint(1, 4)
+            self.layers[key] = nn.ConvTranspose2d(c, cout, 3, padding=1, groups=g)
+            return cout
+        if kind == "pixel":
+            a["go"] = int(c % 4 == 0)
+            self.layers[key] = nn.Conv2d(c, c, 1)
+        elif kind == "mlp":
+            self.layers[key] = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.GELU(), nn.Linear(2 * c, c))
+        elif kind == "index":
+            order = list(range(c))
+            rng.shuffle(order)
+            self.layers[key] = nn.Identity()
+            self.register_buffer(f"order_{key}", torch.tensor(order[: rng.randint(1, c)]))
+            return len(self.get_buffer(f"order_{key}"))
+        elif kind == "interleave":
+            a["r"] = 2 if c <= 16 else 1
+            return c * a["r"]
+        elif kind == "tile":
+            a["r"] = 2 if c <= 16 else 1
+            return c * a["r"]
+        elif kind == "einsum":
+            cout = rng.randint(2, 9)
+            self.register_parameter(f"w_{key}", nn.Parameter(torch.randn(cout, c)))
+            return cout
+        elif kind == "prelu":
+            self.layers[key] = nn.PReLU(c)
+            nn.init.uniform_(self.layers[key].weight)  # type: ignore[arg-type]
+        elif kind == "scale":
+            self.register_parameter(f"w_{key}", nn.Parameter(torch.randn(c, 1, 1)))
+        elif kind == "unbind":
+            a["g"] = rng.choice([d for d in (1, 2, 3) if c % d == 0])
+        return c
+
+    def _more(self, kind: str, key: str, a: dict[str, int], x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        if kind in ("depthwise", "transposed", "prelu"):
+            return torch.as_tensor(self.layers[key](x))
+        if kind == "pixel":
+            y = self.layers[key](x)
+            if not a["go"]:
+                return F.max_pool2d(y, 3, 1, 1)
+            return F.pixel_unshuffle(torch.relu(F.pixel_shuffle(y, 2)), 2)
+        if kind == "mlp":
+            t = x.permute(0, 2, 3, 1)
+            return (t + self.layers[key](t)).permute(0, 3, 1, 2)
+        if kind == "index":
+            return x.index_select(1, self.get_buffer(f"order_{key}"))
+        if kind == "interleave":
+            return x.repeat_interleave(a["r"], 1)
+        if kind == "tile":
+            return x.repeat(1, a["r"], 1, 1)
+        if kind == "einsum":
+            return torch.einsum("oc,bchw->bohw", self.get_parameter(f"w_{key}"), x)
+        if kind == "scale":
+            return x * self.get_parameter(f"w_{key}")
+        if kind == "cbam":
+            stats = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+            return x * torch.sigmoid(stats.sum(1, keepdim=True))
+        if kind == "center":
+            return x - x.mean(1, keepdim=True)
+        if kind == "normalize":
+            return F.normalize(x, dim=1)
+        parts = x.reshape(b, a["g"], c // a["g"], h, w).unbind(1)
+        return torch.cat([torch.tanh(p) if i else p for i, p in enumerate(reversed(parts))], 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.layers["stem"](x)
@@ -118,6 +193,8 @@ class RandomNet(nn.Module):
             return x * torch.as_tensor(self.layers[key](x.mean((2, 3))))[:, :, None, None]
         if kind == "attention":
             return self._attention(key, a["h"], x)
+        if kind != "act":
+            return self._more(kind, key, a, x)
         return torch.as_tensor([torch.relu, F.gelu, F.silu, torch.abs][a["f"]](x))
 
     def _attention(self, key: str, heads: int, x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +208,8 @@ class RandomNet(nn.Module):
 
 KINDS = (
     *("conv", "grouped", "add", "concat", "shuffle", "group_norm", "gated", "slice", "split_cat", "roll"),
-    *("flip", "pad", "se", "attention", "act"),
+    *("flip", "pad", "se", "attention", "act", "depthwise", "transposed", "pixel", "mlp", "index", "interleave"),
+    *("tile", "einsum", "prelu", "scale", "cbam", "center", "normalize", "unbind"),
 )
 
 
