@@ -166,7 +166,7 @@ def _tile(an: Analysis, node: Node) -> None:
         r = _copies(an, node, n // max(e.size, 1))
         repeats.append(r)
         spaces.append(make_prod([r, e]))
-        flags.append(j >= lead and zero[j - lead])
+        flags.append(j >= lead and zero[j - lead] and r.size == 1)  # a removed copy is not zero in the masked model
     an.memo[node] = {"repeats": repeats}
     an.set(node.output, spaces, flags)
 
@@ -179,7 +179,7 @@ def _repeat_interleave(an: Analysis, node: Node) -> None:
     r = _copies(an, node, node.attrs["repeats"])
     an.memo[node] = {"repeats": [r]}
     spaces[axis] = make_prod([spaces[axis], r])
-    an.set(node.output, spaces, an.zeros(x))
+    an.set(node.output, spaces, [z and (i != axis or r.size == 1) for i, z in enumerate(an.zeros(x))])
 
 
 @rule("pixel_shuffle", linear=True)
