@@ -163,7 +163,12 @@ def inline(
             sub = _attribute(gm, str(node.target))
             env[node] = sub
             if isinstance(sub, torch.Tensor):
-                raise NotImplementedError(f"tensor attribute {node.target} inside a subgraph")
+                raise UnsupportedOp(
+                    "a region of the model holds a tensor of its own",
+                    node=str(node.target),
+                    expected="tensors that enter a region (autocast, no_grad) as its operands",
+                    hint="register the tensor as a buffer of the module",
+                )
             continue
         name = packet(node)
         if name in _ASSERTS or name.endswith("_guards_fn"):
