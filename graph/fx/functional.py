@@ -33,6 +33,7 @@ _MAY_RETURN_INPUT = {
     "aten.meshgrid",
     "aten.broadcast_tensors",
 }
+from ..errors import UnsupportedOp
 
 
 def packet(node: fx.Node) -> str:
