@@ -11,6 +11,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from ..errors import UnsupportedOp
+
 aten = torch.ops.aten
 
 _ASSERTS = {
@@ -33,7 +35,6 @@ _MAY_RETURN_INPUT = {
     "aten.meshgrid",
     "aten.broadcast_tensors",
 }
-from ..errors import UnsupportedOp
 
 
 def packet(node: fx.Node) -> str:
