@@ -15,6 +15,7 @@ from ..graph.errors import ConfigError
 from ..graph.ir import Graph
 
 if TYPE_CHECKING:
+    from ..graph.actions import Plan
     from .result import Result
 
 Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -110,6 +111,17 @@ def no_backends(name: str) -> BackendLike:
 
 
 @dataclass
+class Reference:
+    """The graph as it was before the first pass that cut it, and what has been selected since, in its terms.
+
+    Passes that repair a cut (recovery, distillation) compare with it. The graph shares its weights with the run's.
+    """
+
+    graph: Graph
+    plan: Plan
+
+
+@dataclass
 class Context:
     """What the pipeline hands a pass besides the graph.
 
@@ -122,6 +134,7 @@ class Context:
         facts: what holds of the graph now (``"float"`` at the start; see ``Pass.establishes``).
         backends: name of a target -> its backend.
         original: the graph of the model that came in.
+        reference: what a pass that selects leaves for those that repair; None while nothing was cut.
     """
 
     example_inputs: Any = None
@@ -132,6 +145,7 @@ class Context:
     facts: set[str] = field(default_factory=lambda: {"float"})
     backends: BackendResolver = no_backends
     original: Graph | None = None
+    reference: Reference | None = None
 
 
 class Pass(BaseModel):
@@ -183,6 +197,10 @@ class Pass(BaseModel):
     def promise(self) -> Contract:
         """The contract under the options chosen; the class's own unless a subclass decides otherwise."""
         return self.contract
+
+    def requirement(self) -> Needs:
+        """What it needs under the options chosen; the class's own unless a subclass decides otherwise."""
+        return self.needs
 
     def batches(self, ctx: Context) -> Any:
         """The calibration batches: the pass's own option ``calibration`` if it has one, else those of the run.

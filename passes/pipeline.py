@@ -167,7 +167,7 @@ class Pipeline:
         for i, step in enumerate(self.passes):
             try:
                 step.prepare(ctx)
-                if step.needs is Needs.CALIBRATION:
+                if step.requirement() is Needs.CALIBRATION:
                     step.batches(ctx)
             except FoldlineError as exc:
                 self._blame(exc, i, step)
@@ -210,7 +210,7 @@ class Pipeline:
             name=step.name,
             options={key: str(value) for key, value in config.chosen(step).items()},
             contract=step.promise().value,
-            needs=step.needs.value,
+            needs=step.requirement().value,
             before=before,
             after=cost,
             seconds=meter.seconds,

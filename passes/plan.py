@@ -10,6 +10,7 @@ import numpy as np
 from ..graph.actions import Plan, groups_of_plan, select
 from ..graph.groups import axis_groups
 from ..graph.ir import Graph
+from .base import Context, Reference
 
 
 def as_data(plan: Any) -> dict[str, dict[int, np.ndarray]]:
@@ -36,6 +37,14 @@ def compose(plans: Iterable[Any], graph: Graph) -> Plan:
     shapes = {name: w.shape for w in graph.weights.values() for name in (w.name, *w.aliases)}
     weights = {n: {a: kept.tolist() for a, kept in axes.items()} for n, axes in joined.items() if n in shapes}
     return Plan(weights, {name: list(shapes[name]) for name in weights})
+
+
+def remember(ctx: Context, before: Graph, plan: Plan) -> None:
+    """Leave a selection in ``ctx.reference``: ``before`` is the graph it was made in, as it was."""
+    if ctx.reference is None:
+        ctx.reference = Reference(before, plan)
+    else:
+        ctx.reference = Reference(ctx.reference.graph, compose([ctx.reference.plan, plan], ctx.reference.graph))
 
 
 def complete(plan: Plan, graph: Graph) -> Plan:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...graph.errors import ConfigError
 from ...graph.groups import AxisGroup, AxisGroups, Member
+from .evidence import Evidence
 
 Scores: TypeAlias = dict[AxisGroup, np.ndarray]
 """One float64 score per index of each group; higher is more important."""
@@ -71,6 +72,7 @@ def importance(
     criterion: str | Criterion,
     seed: int,
     reduction: Reduction = "mean",
+    evidence: Evidence | None = None,
 ) -> Scores:
     """Scores of every index of the chosen groups (groups that a criterion cannot judge are left out).
 

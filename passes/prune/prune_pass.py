@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from ...graph.actions import mask, select
-from ...graph.errors import ConstraintError, VerificationError
-from ...graph.execute import run_graph, synthesize_inputs
-from ...graph.groups import AxisGroup, AxisGroups, axis_groups
+from ...graph.actions import select
+from ...graph.errors import ConstraintError
+from ...graph.groups import AxisGroups, axis_groups
 from ...graph.ir import Graph
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass, nearest
+from ..plan import remember
 from ..targets import Target
+from .candidates import candidates
+from .evidence import Evidence
 from .importance import NAMES, Reduction, importance
+from .oracle import identity_check
 from .select import Kept, Normalizer, isomorphic, ranked, reach, uniform
-
-IDENTITY_TOLERANCE = 1e-4
 
 
 def _known(criterion: Any) -> Any:
@@ -50,6 +49,12 @@ class Prune(Pass):
     criterion: Annotated[str | Callable[..., Any], AfterValidator(_known)] = "l2"
     """"l1", "l2", "linf", "fpgm" (distance to the others), "cosine" (distance to the nearest copy), "norm_scale"
     (gains of normalizations), "random", or a callable (group, groups) -> one score per index."""
+    calibration: Any = None
+    """Batches of model inputs for criteria that look at activations (those of the run, if None)."""
+    data: Any = None
+    """Pairs (batch of model inputs, target) for criteria that take gradients of ``loss``."""
+    loss: str | Callable[..., Any] = "cross_entropy"
+    """"cross_entropy" (class indices), "mse", or a function (output, target) -> scalar tensor."""
     reduction: Reduction = "mean"
     """How the scores of a group's members (each divided by its mean) become one."""
     normalizer: Normalizer = "mean"
@@ -88,8 +93,8 @@ class Prune(Pass):
         graph.separate_shared()
         groups = axis_groups(graph)
         decisions: list[Decision] = []
-        chosen = self._candidates(groups, decisions)
-        scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction)
+        chosen = candidates(groups, self.ignore, self.atoms, decisions)
+        scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction, self._evidence(groups, ctx))
         decisions += [
             Decision(g.name, "kept", f"{self._criterion_name()} finds nothing to judge it by", {"size": g.size})
             for g in chosen
@@ -117,8 +122,10 @@ class Prune(Pass):
                 found=f"{len(chosen)} prunable groups, none of which loses an index",
                 hint="raise the ratio, lower round_to or min_keep, shorten ignore; `foldline inspect` shows the frozen",
             )
-        oracle = self._oracle(groups, cut, ctx) if ctx.verify else None
+        oracle = identity_check(groups, cut, ctx.seed) if ctx.verify else None
+        before = graph.clone()
         plan = select(groups, cut)
+        remember(ctx, before, plan)
         if oracle is not None:
             details["identity"] = oracle(graph)
         details["groups"] = [
@@ -131,33 +138,6 @@ class Prune(Pass):
             for g in groups
         ]
         return Outcome(decisions=decisions, details=details, plan=plan)
-
-    # ---- what may be cut ---------------------------------------------------------------------------------------
-    def _candidates(self, groups: AxisGroups, decisions: list[Decision]) -> list[AxisGroup]:
-        unused = set(self.ignore)
-        chosen = []
-        for g in groups:
-            hit = [p for p in self.ignore if _matches(p, g)]
-            unused -= set(hit)
-            if not g.can("select"):
-                decisions.append(Decision(g.name, "kept", f"frozen: {g.why()}", {"size": g.size}))
-            elif hit:
-                decisions.append(Decision(g.name, "kept", f"ignored by {hit[0]!r}", {"size": g.size}))
-            elif g.nested and self.atoms == "outer":
-                decisions.append(Decision(g.name, "kept", "nested in a group that can be cut itself", {"size": g.size}))
-            elif not any(m.role in ("produces", "both", "consumes") for m in g.members):
-                decisions.append(Decision(g.name, "kept", "no weight produces or consumes it", {"size": g.size}))
-            else:
-                chosen.append(g)
-        if unused:
-            raise ConstraintError(
-                "an ignore pattern matches nothing",
-                node="ignore",
-                value=sorted(unused)[0],
-                expected="a weight name, module path or group name (wildcards allowed)",
-                hint="`foldline inspect MODEL` lists the names",
-            )
-        return chosen
 
     def _record(self, kept: Kept, decisions: list[Decision]) -> None:
         for g, k in kept.items():
@@ -175,60 +155,9 @@ class Prune(Pass):
                 )
                 decisions.append(Decision(g.name, "kept", why, size))
 
+    def _evidence(self, groups: AxisGroups, ctx: Context) -> Evidence:
+        batches = ctx.calibration if self.calibration is None else self.calibration
+        return Evidence(groups, batches, self.data, self.loss, ctx.seed, ctx.progress)
+
     def _criterion_name(self) -> str:
         return self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "criterion")
-
-    # ---- the proof -----------------------------------------------------------------------------------------------
-    def _oracle(self, groups: AxisGroups, cut: Kept, ctx: Context) -> Callable[[Graph], dict[str, Any]]:
-        """Run the masked original now; the returned check compares the sliced model with it."""
-        exact = {g: k for g, k in cut.items() if g.exact}
-        if not exact:
-            return lambda graph: {"checked": False, "reason": "every cut axis carries a statistic"}
-        inputs = synthesize_inputs(groups.graph, ctx.seed)
-        masked, _ = run_graph(mask(groups, exact), inputs)
-        partial: Graph | None = None
-        if len(exact) < len(cut):
-            partial = groups.graph.clone()
-            again = axis_groups(partial)
-            select(again, {again[g.name]: k for g, k in exact.items()})
-
-        def check(graph: Graph) -> dict[str, Any]:
-            sliced, _ = run_graph(graph if partial is None else partial, inputs)
-            error = 0.0
-            for value, a, b in zip(graph.outputs, masked, sliced, strict=True):
-                x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-                if x.shape != y.shape:
-                    raise VerificationError(
-                        "pruning changed the shape of an output", value=value.name, expected=x.shape, found=y.shape
-                    )
-                finite = np.isfinite(x)
-                if not finite.any():
-                    continue
-                top = max(float(np.abs(x[finite]).max()), 1e-12)
-                error = max(error, float(np.abs(x - y)[finite].max()) / top)
-            if not error <= IDENTITY_TOLERANCE:
-                raise VerificationError(
-                    "the pruned model is not the masked original",
-                    expected=f"relative error of at most {IDENTITY_TOLERANCE}",
-                    found=error,
-                    hint="please report this model; `ignore` the groups concerned meanwhile",
-                )
-            if partial is not None:
-                run_graph(graph, inputs)
-            return {
-                "checked": True,
-                "relative_error": error,
-                "groups": len(exact),
-                "inexact_groups": len(cut) - len(exact),
-            }
-
-        return check
-
-
-def _matches(pattern: str, g: AxisGroup) -> bool:
-    names = [g.name]
-    for m in g.members:
-        for n in (m.weight.name, *m.weight.aliases):
-            parts = n.split(".")
-            names += [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(fnmatchcase(n, pattern) for n in names)
