@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .prune import Prune
     from .quantize import Quantize
+    from .recover import Recover
     from .registry import get, names
     from .report import Report
     from .result import Result
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     lower: Callable[..., Result]
     prune: Callable[..., Result]
     quantize: Callable[..., Result]
+    recover: Callable[..., Result]
 
 __all__ = [
     "Context",
@@ -40,6 +42,7 @@ __all__ = [
     "Pipeline",
     "Prune",
     "Quantize",
+    "Recover",
     "Report",
     "Result",
     "as_function",
@@ -50,6 +53,7 @@ __all__ = [
     "names",
     "prune",
     "quantize",
+    "recover",
 ]
 
 _HOME = {
@@ -59,7 +63,7 @@ _HOME = {
     "Report": ".report",
     "Result": ".result",
 }
-_FUNCTIONS = frozenset({"finetune", "fold", "lower", "prune", "quantize"})
+_FUNCTIONS = frozenset({"finetune", "fold", "lower", "prune", "quantize", "recover"})
 
 
 class _Passes(ModuleType):

@@ -13,6 +13,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "fold": (".fold", "Fold"),
     "prune": (".prune", "Prune"),
     "quantize": (".quantize", "Quantize"),
+    "recover": (".recover", "Recover"),
     "finetune": (".finetune", "FineTune"),
     "lower": (".lower", "Lower"),
 }

@@ -1,0 +1,5 @@
+"""Recovery without training: closed-form correction of what pruning left."""
+
+from .recover_pass import Recover
+
+__all__ = ["Recover"]
