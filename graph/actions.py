@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from .analysis import Resize
 from .errors import ConstraintError, VerificationError
 from .groups import AxisGroup, AxisGroups, axis_groups
+from .holders import CHECKPOINTS, is_optimizer_state, on_checkpoint, on_file, on_optimizer, on_optimizer_state
 from .ir import Graph, Node, Weight
 from .ops.table import get_rule
+from .plans import Plan, groups_of_plan, plan_of
 from .positions import kept_positions, spread
-from .space import Atom, atoms, norm
+from .space import Atom, atoms
 
-PlanData: TypeAlias = dict[str, dict[int, list[int]]]
-
-
-@dataclass
-class Plan:
-    """What a selection keeps, as data: ``{weight name: {axis: kept indices}}``; JSON round trips it.
-
-    Applies to any checkpoint of the same model: weights, optimizer state, EMA copies (:func:`apply_plan`).
-    """
-
-    weights: PlanData
-    shapes: dict[str, list[int]]
-
-    def to_dict(self) -> PlanData:
-        """The kept indices per weight and axis, as plain data."""
-        return self.weights
-
-    def to_json(self) -> str:
-        data = {
-            "format": "foldline-plan",
-            "version": 1,
-            "weights": {n: {str(a): k for a, k in sorted(axes.items())} for n, axes in sorted(self.weights.items())},
-            "shapes": dict(sorted(self.shapes.items())),
-        }
-        return json.dumps(data, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Parse a plan. Raises ConstraintError if the text is not one."""
-        try:
-            data = json.loads(text)
-            weights = {n: {int(a): [int(i) for i in k] for a, k in axes.items()} for n, axes in data["weights"].items()}
-            return cls(weights, {n: list(s) for n, s in data["shapes"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ConstraintError(
-                "not a foldline plan", found=str(e), hint="pass the plan.json that a run wrote"
-            ) from e
-
-    @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        return cls.from_json(Path(path).read_text())
-
-    def __bool__(self) -> bool:
-        return bool(self.weights)
-
-    def __repr__(self) -> str:
-        axes = sum(len(a) for a in self.weights.values())
-        return f"Plan({len(self.weights)} weights, {axes} axes)"
+__all__ = ["Plan", "apply_plan", "groups_of_plan", "mask", "permute", "scale", "select"]
 
 
 def _legal(groups: AxisGroups, chosen: Mapping[AxisGroup, Any], action: str) -> None:
@@ -144,22 +97,13 @@ def scale(groups: AxisGroups, factors: Mapping[AxisGroup, np.ndarray]) -> None:
 
 def _gather(groups: AxisGroups, selection: dict[Atom, np.ndarray]) -> Plan:
     graph, re = groups.graph, Resize(groups.analysis, selection)
-    plan = Plan({}, {})
     if not selection:
-        return plan
-    slices: dict[Weight, dict[int, np.ndarray]] = {}
-    for atom in selection:
-        group = groups.by_atom(atom)
-        assert group is not None
-        for m in group.members:
-            if m.axis not in slices.setdefault(m.weight, {}):
-                slices[m.weight][m.axis] = kept_positions(m.space, selection)
+        return Plan({}, {})
+    plan = plan_of(groups, selection)
     changes = [(n, c) for n in graph.nodes if (c := _update(re, n))]
     predicted = {v: re.shape(v) for v in graph.values.values() if v in groups.analysis.spaces and v.weight is None}
-    for w, axes in slices.items():
-        plan.weights[w.name] = {a: k.tolist() for a, k in axes.items()}
-        plan.shapes[w.name] = list(w.shape)
-        graph.slice_weight(w, axes)
+    for name, axes in plan.weights.items():
+        graph.slice_weight(graph.weight(name), {a: np.asarray(k, dtype=np.int64) for a, k in axes.items()})
     for node, change in changes:
         for key in [k for k in change if k.startswith("input:")]:
             value = graph.add_weight(f"{node.name}_index", change.pop(key))
@@ -210,119 +154,39 @@ def mask(groups: AxisGroups, kept: Mapping[AxisGroup, np.ndarray]) -> Graph:
 
 
 # ---- plans on other holders of the same weights -------------------------------------------------------------------
-def apply_plan(target: Any, plan: Plan | str | Path, example_inputs: Any = None, *, model: Any = None) -> Any:
-    """Apply a plan to another holder of the same model's weights.
+def apply_plan(
+    target: Any, plan: Plan | str | Path, example_inputs: Any = None, *, model: Any = None, original: Any = None
+) -> Any:
+    """Apply a plan to another holder of the same model's weights; nothing is half done when it raises.
 
     Args:
-        target: a state dict (new dict returned), a torch optimizer (its state is sliced in place; ``model`` is the
-            pruned module whose parameters replace the old ones), or a model as :func:`foldline.load` takes it
-            (a pruned model of the same kind is returned).
+        target: a state dict (a new dict is returned), the path of a checkpoint file (a dict of tensors is returned),
+            a torch optimizer (its state is sliced in place; its parameters become those of ``model``), what
+            ``optimizer.state_dict()`` returned (a new dict), or a model as :func:`foldline.load` takes it, an EMA
+            copy (``AveragedModel``) among them (a pruned model of the same kind is returned).
         plan: a Plan or the path of a plan.json.
+        example_inputs: of a model.
+        model: the pruned module, for an optimizer.
+        original: the unpruned module, for an optimizer whose parameters cannot be told apart by their order.
 
     Raises:
         ConstraintError: the plan is for another model (missing weight, other shape) or cuts frozen axes.
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(plan)
+    if is_optimizer_state(target):
+        return on_optimizer_state(target, plan, original)
     if isinstance(target, Mapping):
-        return _plan_on_state(target, plan)
+        return on_checkpoint(target, plan, original)
+    if isinstance(target, (str, Path)) and Path(target).suffix.lower() in CHECKPOINTS:
+        return on_file(Path(target), plan, original)
     if hasattr(target, "param_groups") and hasattr(target, "state"):
-        return _plan_on_optimizer(target, plan, model)
+        return on_optimizer(target, plan, model, original)
     if isinstance(target, Graph):
         target.separate_shared()
         groups = axis_groups(target)
-        select(groups, groups_of_plan(groups, plan))
+        _gather(groups, {g.atom: k for g, k in groups_of_plan(groups, plan).items()})
         return target
     from .load import load
 
-    graph = load(target, example_inputs)
-    return apply_plan(graph, plan).to_model()
-
-
-def _check(plan: Plan, name: str, shape: tuple[int, ...]) -> None:
-    if tuple(plan.shapes[name]) != tuple(shape):
-        raise ConstraintError(
-            "the plan is for another model",
-            node=name,
-            expected=plan.shapes[name],
-            found=list(shape),
-            hint="use the unpruned checkpoint",
-        )
-
-
-def _take(tensor: Any, axes: dict[int, list[int]]) -> Any:
-    import torch
-
-    for axis, keep in axes.items():
-        if isinstance(tensor, torch.Tensor):
-            tensor = tensor.index_select(axis, torch.as_tensor(keep, device=tensor.device))
-        else:
-            tensor = np.take(tensor, keep, axis=axis)
-    return tensor
-
-
-def _plan_on_state(state: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    out = dict(state)
-    for name, axes in plan.weights.items():
-        if name not in out:
-            raise ConstraintError(
-                "the plan names a weight the checkpoint lacks", node=name, hint="use a checkpoint of the same model"
-            )
-        _check(plan, name, tuple(out[name].shape))
-        out[name] = _take(out[name], axes)
-    return out
-
-
-def _plan_on_optimizer(optimizer: Any, plan: Plan, model: Any) -> Any:
-    if model is None:
-        raise ConstraintError("an optimizer holds no names", hint="pass model=<the pruned module> to apply_plan")
-    import torch
-
-    named = [(n, p) for n, p in model.named_parameters()]
-    old = [p for g in optimizer.param_groups for p in g["params"]]
-    if len(named) != len(old):
-        raise ConstraintError(
-            "optimizer and model hold different numbers of parameters", expected=len(named), found=len(old)
-        )
-    fresh = {}
-    for p, (name, q) in zip(old, named, strict=True):
-        axes = plan.weights.get(name, {})
-        if axes:
-            _check(plan, name, tuple(p.shape))
-        state = optimizer.state.pop(p, {})
-        optimizer.state[q] = {
-            k: _take(v, axes) if isinstance(v, torch.Tensor) and v.shape == p.shape else v for k, v in state.items()
-        }
-        fresh[p] = q
-    for g in optimizer.param_groups:
-        g["params"] = [fresh[p] for p in g["params"]]
-    return optimizer
-
-
-def groups_of_plan(groups: AxisGroups, plan: Plan) -> dict[AxisGroup, np.ndarray]:
-    """The indices each group keeps under a plan; ConstraintError where the plan does not fit the groups."""
-    chosen: dict[AxisGroup, set[int]] = {}
-    for name, axes in plan.weights.items():
-        w = groups.graph.weight(name)
-        _check(plan, name, w.shape)
-        for axis, keep in axes.items():
-            for g in groups.of(w, axis):
-                member = next(m for m in g.members if m.weight is w and m.axis == axis)
-                at = member.positions(g.atom)
-                indices = set(at[np.asarray(keep, dtype=np.int64)].tolist()) - {-1}
-                if g in chosen and chosen[g] != indices:
-                    raise ConstraintError(
-                        "the plan keeps different indices of one axis group",
-                        node=f"{name}[{axis}]",
-                        hint="edit the plan so that all members agree",
-                    )
-                chosen[g] = indices
-    kept = {g: np.array(sorted(k)) for g, k in chosen.items() if len(k) < g.size}
-    selection = {g.atom: k for g, k in kept.items()}
-    for name, axes in plan.weights.items():
-        w = groups.graph.weight(name)
-        assert w.value is not None
-        for axis, keep in axes.items():
-            if kept_positions(norm(groups.analysis.of(w.value)[axis]), selection).tolist() != sorted(keep):
-                raise ConstraintError("the plan cuts an axis where its group cannot be cut", node=f"{name}[{axis}]")
-    return kept
+    return apply_plan(load(target, example_inputs), plan).to_model()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from .space import FROZEN, Atom, Leaf, Mark, Prod, Space, Sum, mark, norm
 
 if TYPE_CHECKING:
     import networkx
+
+    from .plans import Plan
 
 ACTIONS = FROZEN
 
@@ -133,6 +135,16 @@ class AxisGroups:
 
     def by_atom(self, atom: Atom) -> AxisGroup | None:
         return self._by_atom.get(atom)
+
+    def complete(self, given: Plan | Mapping[str, Mapping[int, Sequence[int]]]) -> Plan:
+        """The whole plan that follows from ``{weight: {axis: kept indices}}`` of one axis per group (or more).
+
+        Raises:
+            ConstraintError: indices that do not exist, axes that disagree, or a group that cannot be cut.
+        """
+        from .plans import complete
+
+        return complete(self, given)
 
     # ---- building ------------------------------------------------------------------------------------------------
     def _collect(self) -> None:

@@ -224,6 +224,10 @@ class Graph(abc.ABC):
         """
         return 0
 
+    def is_persistent(self, name: str) -> bool:
+        """Whether a checkpoint of the model holds this name (a state dict leaves some buffers out)."""
+        return True
+
     @abc.abstractmethod
     def bind(self, batch: Any) -> dict[str, np.ndarray]:
         """One call's arguments as {graph input name: array}.

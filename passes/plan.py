@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..graph.actions import Plan, groups_of_plan, select
 from ..graph.groups import axis_groups
 from ..graph.ir import Graph
+from ..graph.plans import Plan
+from ..graph.plans import complete as complete_in
 from .base import Context, Reference
 
 
@@ -34,9 +35,16 @@ def compose(plans: Iterable[Any], graph: Graph) -> Plan:
             known = joined.setdefault(weight, {})
             for axis, kept in axes.items():
                 known[axis] = known[axis][kept] if axis in known else kept
-    shapes = {name: w.shape for w in graph.weights.values() for name in (w.name, *w.aliases)}
-    weights = {n: {a: kept.tolist() for a, kept in axes.items()} for n, axes in joined.items() if n in shapes}
-    return Plan(weights, {name: list(shapes[name]) for name in weights})
+    known = _names(graph)
+    if not known.issuperset(joined):  # selecting passes give vectors that layers share by accident copies of their own
+        graph = graph.clone()
+        graph.separate_shared()
+        known = _names(graph)
+    return Plan.of(graph, {n: {a: k.tolist() for a, k in axes.items()} for n, axes in joined.items() if n in known})
+
+
+def _names(graph: Graph) -> set[str]:
+    return {name for w in graph.weights.values() for name in (w.name, *w.aliases)}
 
 
 def remember(ctx: Context, before: Graph, plan: Plan) -> None:
@@ -55,8 +63,7 @@ def complete(plan: Plan, graph: Graph) -> Plan:
     Raises:
         ConstraintError: the axes of ``graph`` do not correspond (an earlier pass merged or reordered them).
     """
-    groups = axis_groups(graph.clone())
-    return select(groups, groups_of_plan(groups, plan))
+    return complete_in(axis_groups(graph), plan)
 
 
 def sizes(plan: Any, graph: Graph) -> dict[str, dict[int, tuple[int, int]]]:
