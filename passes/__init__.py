@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .lower import Lower
     from .pipeline import Pipeline
     from .prune import Prune
+    from .prune.schedule import PruneIteratively
     from .quantize import Quantize
     from .recover import Recover
     from .registry import get, names
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     fold: Callable[..., Result]
     lower: Callable[..., Result]
     prune: Callable[..., Result]
+    prune_iteratively: Callable[..., Result]
     quantize: Callable[..., Result]
     recover: Callable[..., Result]
 
@@ -41,6 +43,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "Prune",
+    "PruneIteratively",
     "Quantize",
     "Recover",
     "Report",
@@ -52,6 +55,7 @@ __all__ = [
     "lower",
     "names",
     "prune",
+    "prune_iteratively",
     "quantize",
     "recover",
 ]
