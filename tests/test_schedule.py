@@ -26,6 +26,7 @@ def resnet() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.1, 2)
+            nn.init.normal_(m.bias)
     return model.eval(), (torch.randn(2, 3, 32, 32),)
 
 
