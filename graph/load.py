@@ -12,13 +12,16 @@ from .ir import Graph
 KINDS = "nn.Module, torch ExportedProgram, onnx ModelProto, onnx_ir.Model, or the path of an .onnx or .pt2 file"
 
 
-def load(model: Any, example_inputs: Any = None) -> Graph:
+def load(model: Any, example_inputs: Any = None, *, static: bool = False) -> Graph:
     """The graph of a model; the model itself is never changed.
 
     Args:
         model: an ``nn.Module`` (needs ``example_inputs``), a torch ``ExportedProgram``, an ``onnx.ModelProto``, an
             ``onnx_ir.Model``, a path (``.onnx``; ``.pt2``: a saved exported program), or a graph, returned as it is.
         example_inputs: one call's arguments, as ``Graph.bind`` takes them.
+        static: an ``nn.Module`` may be captured by recording one call instead of torch.export: many times faster, but
+            every size is that of the example (the batch too), and of all edits only selecting, permuting and scaling
+            axis groups can be written back. Enough for looking at axis groups and for pruning by weights.
 
     Raises:
         ConfigError: this kind of object cannot be loaded.
@@ -32,7 +35,7 @@ def load(model: Any, example_inputs: Any = None) -> Graph:
     if is_torch_model(model):
         from .fx import load_torch
 
-        return load_torch(model, example_inputs)
+        return load_torch(model, example_inputs, static=static)
     if is_onnx_model(model):
         from .onnx import load_onnx
 

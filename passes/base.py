@@ -202,6 +202,13 @@ class Pass(BaseModel):
         """What it needs under the options chosen; the class's own unless a subclass decides otherwise."""
         return self.needs
 
+    def selects_only(self) -> bool:
+        """Whether, under these options, it does nothing but select indices by weights and shapes.
+
+        The graph of one recorded call is then enough: the pipeline captures a module cheaply if all its passes say so.
+        """
+        return False
+
     def batches(self, ctx: Context) -> Any:
         """The calibration batches: the pass's own option ``calibration`` if it has one, else those of the run.
 

@@ -136,7 +136,8 @@ class Pipeline:
             backends=backend,
         )
         self._prepare(ctx)
-        graph = load(model, example_inputs)
+        brief = calibration is None and all(step.selects_only() for step in self.passes)
+        graph = load(model, example_inputs, static=brief)
         given, start = graph, _cost(graph)
         ctx.original = given
         inputs = Inputs(graph, example_inputs, self.seed, calibration) if verify else None
@@ -156,10 +157,10 @@ class Pipeline:
         if inputs is not None:
             report.notes += inputs.notes
             report.comparison = _overall(report, given, graph, inputs)
+        plan = self._plan(plans, given, edited_first, report) if plans else None
         result_model = graph.to_model()
         if inplace:
             result_model = put(model, result_model)
-        plan = self._plan(plans, given, edited_first, report) if plans else None
         return Result(model=result_model, graph=graph, report=report, pipeline=self, plan=plan, artifact=artifact)
 
     def _prepare(self, ctx: Context) -> None:

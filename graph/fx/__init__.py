@@ -16,9 +16,10 @@ from .functional import Pure
 from .modes import graph_module
 from .module import write_back
 from .ops import known
+from .record import CannotRecord, Recorded
 from .run import interpret
 from .tensors import from_numpy, to_numpy
-from .trace import capture
+from .trace import capture, describe
 
 
 def load_torch(
@@ -27,6 +28,7 @@ def load_torch(
     *,
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
+    static: bool = False,
 ) -> FXGraph:
     """The canonical graph of a PyTorch model; the model itself is not touched and its tensors are not copied.
 
@@ -36,13 +38,26 @@ def load_torch(
             are fine. Sizes matter, values do not. May be left out for an ExportedProgram.
         dynamic_batch: leave dim 0 of the inputs symbolic where the model allows it (noted in ``graph.notes`` if not).
         dynamic_shapes: torch.export's own specification, instead of ``dynamic_batch``.
+        static: record one call on meta tensors instead, where the model allows it: cheap, all sizes constant.
 
     Raises TraceError naming the line of the user's model where it cannot be captured.
     """
+    if static and isinstance(model, nn.Module) and example_inputs is not None:
+        try:
+            return _recorded(model, example_inputs)
+        except CannotRecord:  # the model reads tensor data or does what only torch.export can follow
+            return load_torch(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
     found = capture(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
     pure = Pure(found.program)
     clean(pure.graph, known)
     return FXGraph(found, pure)
+
+
+def _recorded(model: nn.Module, example_inputs: Any) -> FXGraph:
+    found = describe(model, example_inputs)
+    recorded = Recorded(found)
+    clean(recorded.graph, known)
+    return FXGraph(found, recorded)
 
 
 class FXGraph(FXEdits):

@@ -25,6 +25,7 @@ class FXEdits(FXView):
     def set_weight(self, weight: Weight, data: np.ndarray) -> None:
         """See Graph.set_weight. Stays on the weight's device; a parameter keeps ``requires_grad``."""
         old = self.tensors[weight.name]
+        self.rewritten = self.rewritten or f"set_weight {weight.name}"
         self._put_tensor(weight, from_numpy(data).to(old.device))
 
     def slice_weight(self, weight: Weight, kept: dict[int, np.ndarray]) -> None:
@@ -39,10 +40,13 @@ class FXEdits(FXView):
                     "index out of range", node=weight.name, value=f"axis {axis}", expected=f"< {new.shape[axis]}"
                 )
             new = new.index_select(axis, index)
+            known = self.kept.setdefault(weight.name, {})
+            known[axis] = known[axis][np.asarray(indices)] if axis in known else np.asarray(indices, dtype=np.int64)
         self._put_tensor(weight, new)
 
     def adopt_tensor(self, weight: Weight, tensor: torch.Tensor) -> None:
         """Replace the data of a weight by this very tensor (no copy, no wrapper)."""
+        self.rewritten = self.rewritten or f"adopt_tensor {weight.name}"
         self._put_tensor(weight, tensor, wrap=False)
 
     def _put_tensor(self, weight: Weight, new: torch.Tensor, wrap: bool = True) -> None:
@@ -168,6 +172,7 @@ class FXEdits(FXView):
 
     def replace_uses(self, old: Value, new: Value, *, except_nodes: Iterable[Node] = ()) -> None:
         """See Graph.replace_uses. The node that makes ``new`` keeps reading ``old`` if it does."""
+        self.rewritten = self.rewritten or f"replace_uses {old.name}"
         skip = {n.native for n in except_nodes}
         if new.producer is not None:
             skip.add(new.producer.native)
@@ -219,6 +224,7 @@ class FXEdits(FXView):
         scope: str = "",
     ) -> Node:
         """See Graph.insert. Raises ConstraintError for an op that has no ATen form here."""
+        self.rewritten = self.rewritten or f"insert {name}"
         operands = [None if v is None else self.fx_value(v) for v in inputs]
         target, args, kwargs = build_call(op, operands, dict(attrs or {}), name)
         if after is None:
@@ -256,6 +262,7 @@ class FXEdits(FXView):
 
     def erase(self, node: Node) -> None:
         """See Graph.erase."""
+        self.rewritten = self.rewritten or f"erase {node.name}"
         used = [v.name for v in node.outputs if v.uses or v.is_output]
         getitems = [u for u in node.native.users if self._is_getitem(u)]
         others = [u for u in node.native.users if u not in getitems] + [u for g in getitems for u in g.users]

@@ -73,7 +73,7 @@ class Pure:
             graph = self._build(program)
             make_functional(graph)
         self.graph = graph
-        self.program = program
+        self.in_spec, self.out_spec = program.call_spec.in_spec, program.call_spec.out_spec
 
     def _build(self, program: ExportedProgram) -> fx.Graph:
         signature = program.graph_signature

@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..errors import ConstraintError
 from .functional import has_effect
 from .layers import update_layers
 from .modes import trainable_module
@@ -57,10 +59,34 @@ def write_back(graph: FXView) -> nn.Module:
             reason = failure
             apply_patches(undo)
         reason += _unpatched(graph)
-        if _replaced(graph, twin, check, tensors, plan, reason):
+        if graph.mode is not None and _replaced(graph, twin, check, tensors, plan, reason):
             return twin
+    if graph.mode is None:
+        return _exported(graph, reason)
     graph.notes.append(f"to_model returned a GraphModule instead of {type(graph.source.module).__name__}: {reason}")
     return trainable_module(graph, tensors, _unused(graph))
+
+
+def _exported(graph: FXView, reason: str) -> nn.Module:
+    """The same selection on a full capture, for a class that cannot express it: a recorded call is no program."""
+    from ..actions import apply_plan
+    from ..plans import Plan
+    from . import load_torch
+
+    moved = next((n for n, axes in graph.kept.items() if any((np.diff(k) <= 0).any() for k in axes.values())), "")
+    if graph.rewritten or moved:
+        raise ConstraintError(
+            "the graph of a recorded call can only be written back to its own class",
+            node=graph.rewritten or moved,
+            found=reason,
+            hint="load the model without static=True",
+        )
+    weights = {n: {a: k.tolist() for a, k in axes.items()} for n, axes in graph.kept.items()}
+    plan = Plan(weights, {n: list(graph.originals[n].shape) for n in weights})
+    full = load_torch(graph.source.module, (graph.source.args, graph.source.kwargs))  # type: ignore[arg-type]
+    model: nn.Module = apply_plan(full, plan).to_model()
+    graph.notes += [n for n in full.notes if n not in graph.notes]
+    return model
 
 
 def _replaced(

@@ -12,34 +12,60 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ConstraintError
 from .functional import packet
+from .shortcuts import shortcut
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 
-def meta_of(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
-    """Fake tensor of a stored one (static shape, same dtype and device)."""
+def meta_of(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:
+    """Fake tensor of a stored one (static shape, same dtype and device); a meta tensor in a recorded graph."""
+    if mode is None:
+        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
     with mode:
         return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=tensor.device)
 
 
-def propagate(mode: FakeTensorMode, node: fx.Node) -> Any:
-    """Fake result of one call. ConstraintError naming the node where the operands' shapes do not fit."""
+def propagate(mode: FakeTensorMode | None, node: fx.Node) -> Any:
+    """Fake result of one call. ConstraintError naming the node where the operands' shapes do not fit.
+
+    Without a mode the graph was recorded on meta tensors, and is evaluated on them.
+    """
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    if mode is None:
+        return _on_meta(node, args, kwargs)
     level = _FAKE_LOG.level
     _FAKE_LOG.setLevel(logging.CRITICAL)  # torch logs a traceback of what is raised as a ConstraintError here
     try:
         with mode, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
-        shapes = [tuple(v.shape) for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
-        raise ConstraintError(
-            f"shapes do not fit after the edits: {str(error).strip().splitlines()[0][:200]}",
-            node=node.name,
-            found=f"{node.target} on {shapes}",
-            hint="every tensor that shares the edited axis must be cut alike",
-        ) from error
+        raise _misfit(node, error) from error
     finally:
         _FAKE_LOG.setLevel(level)
+
+
+def _on_meta(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        out = shortcut(node.target, args, kwargs)
+        if out is not None:
+            return out
+        if any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
+            meta = torch.device("meta")
+            args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: meta if isinstance(a, torch.device) else a)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        raise _misfit(node, error) from error
+
+
+def _misfit(node: fx.Node, error: Exception) -> ConstraintError:
+    shapes = [tuple(v.shape) for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
+    return ConstraintError(
+        f"shapes do not fit after the edits: {str(error).strip().splitlines()[0][:200]}",
+        node=node.name,
+        found=f"{node.target} on {shapes}",
+        hint="every tensor that shares the edited axis must be cut alike",
+    )
 
 
 def sync_baked_sizes(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 
 import torch
@@ -23,6 +24,10 @@ def scope_of(node: fx.Node) -> str:
 
 def location_of(node: fx.Node) -> str:
     """``file:line in function: code`` of the last line of the user's model on the node's stack."""
+    if (recorded := node.meta.get("line")) is not None:
+        path, number, function = recorded
+        short = "/".join(path.replace("\\", "/").split("/")[-2:])
+        return f"{short}:{number} in {function}: {linecache.getline(path, number).strip()}"
     lines = (node.meta.get("stack_trace") or "").splitlines()
     best = ""
     for i, line in enumerate(lines):

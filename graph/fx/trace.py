@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import traceback
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ class Capture:
     """What tracing gave: the exported program and what is needed to write results back.
 
     Attributes:
-        program: the exported program (parameters are the caller's own tensors, never copied).
+        program: the exported program (parameters are the caller's own tensors, never copied); None if recorded.
         module: the caller's module, or None when an ExportedProgram came in.
         args, kwargs: the caller's example call.
         training: ``training`` flag per module path, as the caller had it.
@@ -34,7 +37,7 @@ class Capture:
         notes: what the user should know.
     """
 
-    program: ExportedProgram
+    program: ExportedProgram | None
     module: nn.Module | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -60,7 +63,13 @@ def normalize_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example,), {}
 
 
+_ATOMS = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size, FunctionType)
+
+
 def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> None:
+    kind = type(item)
+    if kind in _ATOMS:
+        return
     if isinstance(item, torch.Tensor):
         found[id(item)] = item
     elif depth < 4 and isinstance(item, (list, tuple, set)):
@@ -81,9 +90,50 @@ def module_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
 def structural_copy(model: nn.Module, replace: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
     """A deep copy of the module tree that shares its tensors, except where ``replace`` (by id) gives another one."""
-    memo: dict[int, Any] = dict(module_tensors(model))
-    memo.update(replace or {})
-    return copy.deepcopy(model, memo)
+    memo: dict[int, Any] = module_tensors(model) if replace is None else dict(replace)
+    if replace is not None:
+        memo = {**module_tensors(model), **memo}
+    copied: nn.Module = _copy(model, memo)
+    return copied
+
+
+def _copy(item: Any, memo: dict[int, Any]) -> Any:
+    """copy.deepcopy, with the plain cases (which are nearly all of a module tree) done here: several times faster."""
+    kind = type(item)
+    if kind in _ATOMS:
+        return item
+    known = memo.get(id(item))
+    if known is not None:
+        return known
+    if kind in (dict, OrderedDict):
+        made: Any = kind()
+        memo[id(item)] = made
+        for k, v in item.items():
+            made[_copy(k, memo)] = _copy(v, memo)
+        return made
+    if kind is list:
+        made = []
+        memo[id(item)] = made
+        made.extend(_copy(v, memo) for v in item)
+        return made
+    if isinstance(item, nn.Module) and _plain(kind):
+        made = kind.__new__(kind)
+        memo[id(item)] = made
+        made.__setstate__({k: _copy(v, memo) for k, v in item.__getstate__().items()})  # type: ignore[attr-defined]
+        return made
+    return copy.deepcopy(item, memo)
+
+
+@cache
+def _plain(kind: type) -> bool:
+    """Does copying an object of this class mean copying its ``__dict__``?"""
+    return (
+        not hasattr(kind, "__deepcopy__")
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and kind.__getstate__ in (object.__getstate__, getattr(nn.Module, "__getstate__", None))  # type: ignore[attr-defined]
+        and not any("__slots__" in c.__dict__ for c in kind.__mro__)
+    )
 
 
 class _EvalView:
@@ -222,6 +272,16 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
     return model, notes
 
 
+def describe(model: nn.Module, example_inputs: Any) -> Capture:
+    """What is known before anything runs: the bare module, its flags and the example call."""
+    model, notes = _unwrapped(model)
+    args, kwargs = normalize_call(example_inputs)
+    if any(t.is_meta for t in model.parameters()) or any(t.is_meta for t in model.buffers()):
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+    training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    return Capture(None, model, args, kwargs, training, notes=notes)
+
+
 def capture(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -245,11 +305,9 @@ def capture(
             expected="a tensor, a tuple of arguments, a dict of keyword arguments, or (tuple, dict)",
             hint="call fl.load(model, example_inputs)",
         )
-    model, notes = _unwrapped(model)
-    args, kwargs = normalize_call(example_inputs)
-    if any(t.is_meta for t in model.parameters()) or any(t.is_meta for t in model.buffers()):
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    known = describe(model, example_inputs)
+    model, args, kwargs, notes = known.module, known.args, known.kwargs, known.notes
+    assert model is not None
     try:
         twin: nn.Module | None = structural_copy(model)
     except Exception:
@@ -269,4 +327,5 @@ def capture(
                 hint="avoid Python control flow on tensor values, .item() and in-forward mutation on that line "
                 "(torch.cond, torch.where), or export the model yourself and pass the ExportedProgram",
             ) from error
-    return Capture(program, model, args, kwargs, training, _symbol_sizes(program, args, kwargs), notes)
+    known.program, known.sizes = program, _symbol_sizes(program, args, kwargs)
+    return known

@@ -19,6 +19,7 @@ from ..errors import ConstraintError
 from ..ir import Dim, Graph, Node, Value, Weight
 from .functional import Pure
 from .ops import Call, Slot, Spec, dtype_name, native_name, read
+from .record import Recorded
 from .source import location_of, scope_of
 from .tensors import from_numpy, frozen, storage_key, to_numpy
 from .trace import Capture, normalize_call
@@ -43,11 +44,13 @@ class FXView(Graph):
         source: the capture (caller's module, example call).
         pristine: per node name, its scope, attributes and output shapes as loaded.
         originals: the caller's tensor of each loaded weight.
+        kept: per loaded weight and axis, which of its indices are left, in order.
+        rewritten: the first edit that was no selection ("" while there is none).
     """
 
     kind = "fx"
 
-    def __init__(self, found: Capture, pure: Pure | None, like: FXView | None = None) -> None:
+    def __init__(self, found: Capture, pure: Pure | Recorded | None, like: FXView | None = None) -> None:
         super().__init__()
         self.source = found
         self.tensors: dict[str, torch.Tensor] = {}
@@ -56,6 +59,8 @@ class FXView(Graph):
         self.alias_names: dict[str, tuple[str, ...]] = {}
         self.changed: set[str] = set()
         self.given: set[str] = set()
+        self.kept: dict[str, dict[int, np.ndarray]] = {}
+        self.rewritten = ""
         self.sizes: dict[str, int] = dict(found.sizes)
         self._dirty: set[fx.Node] = set()
         self._seen_used: set[str] = set()
@@ -68,9 +73,9 @@ class FXView(Graph):
         assert pure is not None
         self.fx = pure.graph
         self.notes = [*found.notes, *pure.notes]
-        self.in_spec = pure.program.call_spec.in_spec
-        self.out_spec = pure.program.call_spec.out_spec
-        self.mode: FakeTensorMode = _fake_mode(self.fx)
+        self.in_spec = pure.in_spec
+        self.out_spec = pure.out_spec
+        self.mode: FakeTensorMode | None = None if isinstance(pure, Recorded) else _fake_mode(self.fx)
         self._adopt_weights(pure)
         self._build({})
         self._seen_used = set(self.weights)
@@ -338,6 +343,7 @@ class FXView(Graph):
         self._dirty = {env[n] for n in like._dirty if n in env}
         self.pristine, self.originals, self.loaded_names = like.pristine, like.originals, like.loaded_names
         self.given = set(like.given)
+        self.kept, self.rewritten = {n: dict(axes) for n, axes in like.kept.items()}, like.rewritten
         for node, old in zip(self.nodes, like.nodes, strict=True):
             node.name, node.scope, node.location = old.name, old.scope, old.location
 

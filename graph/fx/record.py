@@ -1,0 +1,269 @@
+"""A cheap capture: one call of the model on meta tensors, recorded at the level of torch.export's own graphs."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import _set_mode_pre_dispatch, unset_mode_pre_dispatch
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.utils import _pytree as pytree
+
+from .functional import make_functional
+from .shortcuts import shortcut
+from .tensors import storage_key
+from .trace import Capture, module_tensors, structural_copy
+
+aten = torch.ops.aten
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+_NODE = "_foldline_node"
+
+
+class CannotRecord(Exception):
+    """This model needs torch.export: what the recorder saw is not the whole program, or not a pure one."""
+
+
+class Recorded:
+    """The functional graph of one recorded call, with what :class:`~.functional.Pure` gives for an exported program.
+
+    Every size is a constant of the example call. Weights are the caller's own tensors; the call itself ran on meta
+    tensors, so nothing was computed. Control flow that reads tensor data cannot be recorded (CannotRecord).
+    """
+
+    def __init__(self, found: Capture) -> None:
+        assert found.module is not None
+        self.notes: list[str] = []
+        self.tensors: dict[str, tuple[torch.Tensor, str]] = {}
+        self.submodules: dict[str, nn.Module] = {}
+        self.mode = None
+        flat, self.in_spec = pytree.tree_flatten((found.args, found.kwargs))
+        tape = _Tape(found.module, self.tensors)
+        args, kwargs = pytree.tree_unflatten(tape.inputs(flat, _leaf_names(found)), self.in_spec)
+        try:
+            result = tape.play(args, kwargs)
+        except CannotRecord:
+            raise
+        except Exception as error:  # user code on meta tensors: whatever fails there, torch.export decides
+            raise CannotRecord(f"{type(error).__name__}: {str(error)[:200]}") from error
+        leaves, self.out_spec = pytree.tree_flatten(result)
+        tape.graph.output(tuple(tape.held(x) if isinstance(x, torch.Tensor) else x for x in leaves))
+        self.graph = tape.graph
+        if not make_functional(self.graph):
+            raise CannotRecord("in-place operations on views")
+
+
+def _leaf_names(found: Capture) -> list[str]:
+    """One name per leaf of the call: the argument's, numbered where it is a container."""
+    assert found.module is not None
+    parameters = [
+        p.name
+        for p in inspect.signature(found.module.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = [parameters[i] if i < len(parameters) else f"arg_{i}" for i in range(len(found.args))]
+    out: list[str] = []
+    for name, item in [*zip(names, found.args, strict=True), *found.kwargs.items()]:
+        count = len(pytree.tree_leaves(item))
+        plain = isinstance(item, torch.Tensor) or count == 1
+        out += [name] if plain else [f"{name}_{k}" for k in range(count)]
+    return out
+
+
+class _Tape(SchemaCheckMode):
+    """Records every call that reaches the dispatcher before autograd and decompositions, as torch.export sees it.
+
+    It takes the one mode slot at that level that is free for outsiders. Each tensor carries the fx node that made it.
+    """
+
+    def __init__(self, module: nn.Module, tensors: dict[str, tuple[torch.Tensor, str]]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.tensors = tensors
+        self.device = next((t.device for t in module.parameters()), torch.device("cpu"))
+        self.path: list[tuple[str, str]] = [("", type(module).__name__)]
+        self.stacks: dict[str, dict[str, tuple[str, str]]] = {}
+        self.weights: dict[int, tuple[str, str, torch.Tensor]] = {}
+        self.made: dict[str, fx.Node] = {}
+        self.first: fx.Node | None = None
+        self.twin = self._on_meta(module)
+
+    def _on_meta(self, module: nn.Module) -> nn.Module:
+        names = {id(t): (n, "parameter") for n, t in reversed(list(module.named_parameters()))}
+        names |= {id(t): (n, "buffer") for n, t in module.named_buffers()}
+        replace: dict[int, torch.Tensor] = {}
+        same: dict[tuple[Any, ...], torch.Tensor] = {}
+        for key, t in module_tensors(module).items():
+            where = (*storage_key(t), t.dtype) if t.numel() else (key,)
+            meta = same.get(where)
+            if meta is None or isinstance(t, nn.Parameter) != isinstance(meta, nn.Parameter):
+                meta = (
+                    t.detach() if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+                )
+                meta = nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
+                same[where] = meta
+                name, kind = names.get(key, (f"constant_{len(self.weights)}", "constant"))
+                self.weights[id(meta)] = (name, kind, t)
+            replace[key] = meta
+        try:
+            twin = structural_copy(module, replace)
+        except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
+            raise CannotRecord(f"the module cannot be copied ({error})") from error
+        self.keep = list(same.values())  # ids stay unique while the tensors live
+        for name, m in twin.named_modules():
+            m.training = False
+            if name:
+                # the twin's own dicts: torch's registration counts through all handles ever made
+                m._forward_pre_hooks[-1] = self._enter(name, type(m).__name__)
+                m._forward_hooks[-1] = self._leave
+        return twin
+
+    def _enter(self, name: str, kind: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.path.append((name, kind))
+
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.path.pop()
+
+    def inputs(self, flat: list[Any], names: list[str]) -> list[Any]:
+        """Meta stand-ins for the leaves of the call, each with its placeholder."""
+        out: list[Any] = []
+        for leaf, name in zip(flat, names, strict=True):
+            node = self.graph.placeholder(name)
+            if isinstance(leaf, torch.Tensor):
+                leaf = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+                setattr(leaf, _NODE, node)
+            node.meta["val"] = leaf
+            out.append(leaf)
+        return out
+
+    def play(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The recorded call."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _recording(self):
+            return self.twin(*args, **kwargs)
+
+    def held(self, tensor: torch.Tensor) -> fx.Node:
+        """The node that made a tensor; weights and constants get theirs on first use."""
+        node = getattr(tensor, _NODE, None)
+        if node is not None and node.graph is self.graph:
+            return node
+        known = self.weights.get(id(tensor))
+        if known is None:
+            if tensor.is_meta:
+                raise CannotRecord("a tensor came from outside the recorded calls")
+            known = (f"constant_{len(self.weights)}", "constant", tensor.detach())
+            self.weights[id(tensor)] = known
+            self.keep.append(tensor)
+        name, kind, original = known
+        if name not in self.made:
+            if self.first is None:
+                node = self.graph.create_node("get_attr", name)
+            else:
+                with self.graph.inserting_before(self.first):
+                    node = self.graph.create_node("get_attr", name)
+            node.meta["val"] = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
+            self.made[name] = node
+            self.tensors[name] = (original, kind)
+        return self.made[name]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise CannotRecord("an autocast region")
+        if func in _RESHAPING_IN_PLACE:
+            raise CannotRecord(f"{func} changes the shape of a tensor in place")
+        given = self._arguments(args), self._arguments(kwargs)
+        out = shortcut(func, args, kwargs)
+        if out is None:
+            with torch._C._DisablePythonDispatcher():
+                out = func(*args, **kwargs)
+        if not isinstance(out, (torch.Tensor, list, tuple)):
+            if func in _SIZES:
+                return out
+            raise CannotRecord(f"{func} gave {type(out).__name__}: tensor data in Python")
+        node = self.graph.create_node("call_function", func, *given)
+        self.first = self.first or node
+        node.meta = {"val": _described(out), "nn_module_stack": self._stack(), "line": _user_frame()}
+        if isinstance(out, torch.Tensor):
+            setattr(out, _NODE, node)
+        else:
+            for i, part in enumerate(out):
+                if isinstance(part, torch.Tensor):
+                    setattr(part, _NODE, _item(self.graph, node, i, part))
+        return out
+
+    def _arguments(self, item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return self.held(item)
+        if isinstance(item, (list, tuple)):
+            return (
+                type(item)([self._arguments(x) for x in item])
+                if type(item) in (list, tuple)
+                else tuple(self._arguments(x) for x in item)
+            )
+        if isinstance(item, dict):
+            return {k: self._arguments(v) for k, v in item.items()}
+        if isinstance(item, torch.device) and item.type == "meta":
+            return self.device
+        return item
+
+    def _stack(self) -> dict[str, tuple[str, str]]:
+        name, kind = self.path[-1]
+        found = self.stacks.get(name)
+        if found is None:
+            found = self.stacks[name] = {name: (name, kind)}
+        return found
+
+
+_RESHAPING_IN_PLACE = {
+    getattr(getattr(aten, name), overload)
+    for name in "t_ transpose_ unsqueeze_ squeeze_ resize_ resize_as_ as_strided_ set_ swapaxes_ swapdims_".split()
+    for overload in getattr(aten, name).overloads()
+}
+_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
+
+
+def _item(graph: fx.Graph, node: fx.Node, i: int, part: torch.Tensor) -> fx.Node:
+    made = graph.call_function(operator.getitem, (node, i))
+    made.meta = {**node.meta, "val": _described(part)}
+    return made
+
+
+def _described(out: Any) -> Any:
+    """Shapes and dtypes only: meta tensors as they are."""
+    if isinstance(out, torch.Tensor):
+        return out if out.is_meta else torch.empty_like(out, device="meta")
+    return type(out)(_described(x) for x in out) if isinstance(out, (list, tuple)) else out
+
+
+def _user_frame() -> tuple[str, int, str] | None:
+    """(file, line, function) of the innermost frame outside torch and this package."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_TORCH_DIR, _HERE)):
+            return name, frame.f_lineno, frame.f_code.co_name
+        frame = frame.f_back
+    return None
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+@contextmanager
+def _recording(tape: _Tape) -> Iterator[None]:
+    with torch._C._EnablePythonDispatcher():
+        _set_mode_pre_dispatch(tape)
+        try:
+            yield
+        finally:
+            unset_mode_pre_dispatch(None, schema_check=True)
