@@ -14,7 +14,8 @@ from foldline.graph.actions import Plan, apply_plan
 from foldline.graph.errors import ConfigError, ConstraintError
 from foldline.graph.groups import axis_groups
 from foldline.passes.prune.importance import importance
-from foldline.passes.prune.select import block, counts_to_keep, isomorphic, normalized, structure
+from foldline.passes.prune.select import isomorphic, normalized, structure
+from foldline.passes.prune.widths import Widths
 from support.frontends import exported
 from support.resnet_cifar import ResNetCifar
 from support.toys import toy
@@ -96,7 +97,7 @@ def test_isomorphic_groups_compete_among_themselves() -> None:
     assert len({structure(g) for g in inner}) == 1
     assert structure(groups["conv1.weight:0"]) != structure(inner[0])
     scores = importance(groups, [*inner, groups["conv1.weight:0"]], "l2", 0)
-    kept = isomorphic(scores, 0.5, 1, 1)
+    kept = isomorphic(scores, 0.5, Widths(scores))
     assert sum(len(kept[g]) for g in inner) == pytest.approx(sum(g.size for g in inner) / 2, abs=3)
     assert len(kept[groups["conv1.weight:0"]]) == 8
 
@@ -163,9 +164,9 @@ def test_blocks_count_slabs() -> None:
     groups = axis_groups(fl.load(model, x))
     heads = next(g for g in groups if g.can("select") and any(h.nested for h in groups.of(g.members[0].weight, 0)))
     dim = next(h for h in groups.of(heads.members[0].weight, 0) if h.nested)
-    assert block(heads, dim.size) == 1
-    assert counts_to_keep(heads, 0.1, 1, 1) == 1
-    assert counts_to_keep(heads, 0.1, 1, 2) == 2
+    assert Widths([heads], dim.size).step(heads) == 1
+    assert Widths([heads]).count(heads, 0.1) == 1
+    assert Widths([heads], min_keep=2).count(heads, 0.1) == 2
 
 
 def test_random_is_deterministic_by_seed() -> None:

@@ -1,4 +1,4 @@
-"""What an axis group is in the network (heads, FFN width, residual width, ...), told from the graph's structure alone."""
+"""What an axis group is in the network (heads, FFN width, residual width), told from the graph's structure alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...graph.analysis import Analysis
 from ...graph.errors import ConstraintError
 from ...graph.groups import AxisGroup, AxisGroups
 from ...graph.ir import Node, Value
-from ...graph.space import Atom, Leaf, Prod, atoms, norm
+from ...graph.space import Atom, Leaf, Prod, Space, Sum, atoms, norm
 from ..base import nearest
 from .blocks import Reach, skip_of
 
@@ -115,7 +115,11 @@ def _axes(an: Analysis, node: Node, a: Value, b: Value) -> tuple[list[Atom], lis
         batch = [e for c, e in axes if c in both and c in result]
         inner = [e for c, e in axes if c in both and c not in result]
         outer = [e for c, e in axes if c not in both]
-    return [x for e in batch for x in atoms(e)], [x for e in inner for x in atoms(e)], [x for e in outer for x in atoms(e)]
+    return _all_atoms(batch), _all_atoms(inner), _all_atoms(outer)
+
+
+def _all_atoms(spaces: Iterable[Space]) -> list[Atom]:
+    return [a for e in spaces for a in atoms(e)]
 
 
 def _meets_softmax(v: Value, forward: bool, steps: int = 12) -> bool:
@@ -169,7 +173,7 @@ def _shared_by_heads(groups: AxisGroups, g: AxisGroup, found: dict[AxisGroup, se
     mine = {m.weight for m in g.members}
     for m in g.members:
         e = norm(m.space)
-        for part in (e,) if not hasattr(e, "terms") else e.terms:
+        for part in e.terms if isinstance(e, Sum) else (e,):
             if not isinstance(part, Prod) or not (isinstance(part.factors[0], Leaf) and part.factors[0].atom is g.atom):
                 continue
             for a in (x for f in part.factors[1:] for x in atoms(f)):

@@ -9,16 +9,18 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ...graph.actions import select
 from ...graph.errors import ConstraintError
-from ...graph.groups import AxisGroups, axis_groups
+from ...graph.groups import AxisGroup, AxisGroups, axis_groups
 from ...graph.ir import Graph
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass, nearest
 from ..plan import remember
 from ..targets import Target
 from .candidates import candidates
+from .choose import Chooser
 from .evidence import Evidence
-from .importance import NAMES, Reduction, importance
+from .importance import NAMES, Reduction, importance, needs_of
+from .kinds import kinds
 from .oracle import identity_check
-from .select import Kept, Normalizer, isomorphic, ranked, reach, uniform
+from .select import Kept, Normalizer
 
 
 def _known(criterion: Any) -> Any:
@@ -62,18 +64,39 @@ class Prune(Pass):
     ratio: float | None = None
     """Share of each prunable axis that goes (scope "uniform"), or of all indices (scope "global"); in (0, 1)."""
     target: Target | None = None
-    """What is to remain instead: macs(0.5), params(0.5), bytes(1e6)."""
-    scope: Literal["uniform", "global", "isomorphic"] = "uniform"
+    """What is to remain instead: macs(0.5), params(0.5), bytes(1e6), or latency(0.6) measured on ``backend``."""
+    scope: Literal["uniform", "global", "isomorphic", "layerwise"] = "uniform"
     """"uniform": every group loses the same share; "global": all indices are ranked together; "isomorphic": indices
-    are ranked together with those of groups of the same structure."""
+    are ranked together with those of groups of the same structure; "layerwise": the output's distortion is measured
+    at several levels of every group alone, and a knapsack finds the levels of least total distortion ("Efficient Joint
+    Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks"; on calibration inputs, or made-up ones)."""
+    overrides: dict[str, float] = Field(default_factory=dict)
+    """Ratios of single groups by name pattern, e.g. {"layer3.*": 0.2, "head": 0}: they hold whatever the scope and the
+    target, 0 keeps a group whole; the first pattern that matches decides."""
     round_to: int = Field(1, ge=1)
     """Every cut axis stays a multiple of this (8, 16, 32), at least one block; shorter axes are left whole."""
     min_keep: int = Field(1, ge=1)
     """Indices that each group keeps at least."""
     ignore: list[str] = Field(default_factory=list)
     """Patterns (fnmatch) of weight names, module paths or group names whose groups stay whole."""
-    atoms: Literal["outer", "all"] = "outer"
-    """"outer": of nested groups (heads and head dim, groups and channels) only the outermost; "all": both."""
+    ignore_types: list[str] = Field(default_factory=list)
+    """Patterns of layer types whose groups stay whole: module classes ("Conv2d", "SelfAttention"), ONNX or ATen
+    operators ("Gemm", "conv2d"), foldline's ("conv", "depthwise_conv", "linear")."""
+    atoms: str | list[str] = "outer"
+    """"outer": of nested groups (heads and head dim, groups and channels) only the outermost; "all": both; or a list
+    of kinds, nested ones included: heads, kv_groups, head_dim_qk, head_dim_v, head_dim (a fused qkv ties all three),
+    hidden (LSTM, GRU), residual, ffn, channels. Kinds are told from the graph's structure, never from names."""
+    equal: bool | list[str] = False
+    """Groups that keep the same number of indices, each its own best: True (all groups of one kind and size), or a list
+    of kinds ("heads", "head_dim*") and name patterns; what a configuration with one number for all layers needs."""
+    samples: int = Field(64, ge=1)
+    """Inputs that scope "layerwise" looks at."""
+    solver: Literal["dp", "milp"] = "dp"
+    """How scope "layerwise" allocates: dynamic programming, or an exact integer program."""
+    backend: str = "onnxruntime"
+    """Where a latency target is measured."""
+    backend_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the backend's lower(), e.g. {"threads": 1}."""
 
     @model_validator(mode="after")
     def _one_goal(self) -> Prune:
@@ -89,32 +112,30 @@ class Prune(Pass):
             )
         return self
 
+    def selects_only(self) -> bool:
+        """True where the choice is made by weights and shapes alone."""
+        weights_only = isinstance(self.criterion, str) and needs_of(self.criterion) is Needs.NOTHING
+        counted = self.scope != "layerwise" and (self.target is None or self.target.metric != "latency")
+        return weights_only and counted and self.data is None and self.calibration is None
+
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         graph.separate_shared()
         groups = axis_groups(graph)
         decisions: list[Decision] = []
-        chosen = candidates(groups, self.ignore, self.atoms, decisions)
-        scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction, self._evidence(groups, ctx))
+        chosen = candidates(groups, self.ignore, self.atoms, decisions, self.ignore_types)
+        evidence = self._evidence(groups, ctx)
+        scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction, evidence)
         decisions += [
             Decision(g.name, "kept", f"{self._criterion_name()} finds nothing to judge it by", {"size": g.size})
             for g in chosen
             if g not in scores
         ]
 
-        def pick(ratio: float) -> Kept:
-            if self.scope == "uniform":
-                return uniform(scores, ratio, self.round_to, self.min_keep)
-            choose = ranked if self.scope == "global" else isomorphic
-            return choose(scores, ratio, self.round_to, self.min_keep, self.normalizer)
-
         details: dict[str, Any] = {}
-        if self.target is None:
-            assert self.ratio is not None
-            kept = pick(self.ratio)
-        else:
-            kept, ratio, share = reach(groups, scores, pick, self.target)
-            details.update(ratio=ratio, target=str(self.target), reached=share)
-        self._record(kept, decisions)
+        chooser = Chooser(self, groups, scores, evidence, ctx, decisions, details)
+        kept = chooser.choose()
+        whole = {g: chooser.why_whole(g) for g, k in kept.items() if len(k) == g.size}
+        self._record(kept, whole, decisions)
         cut = {g: k for g, k in kept.items() if len(k) < g.size}
         if not cut:
             raise ConstraintError(
@@ -122,6 +143,7 @@ class Prune(Pass):
                 found=f"{len(chosen)} prunable groups, none of which loses an index",
                 hint="raise the ratio, lower round_to or min_keep, shorten ignore; `foldline inspect` shows the frozen",
             )
+        kind_of = kinds(groups)
         oracle = identity_check(groups, cut, ctx.seed) if ctx.verify else None
         before = graph.clone()
         plan = select(groups, cut)
@@ -131,29 +153,24 @@ class Prune(Pass):
         details["groups"] = [
             {
                 "name": g.name,
+                "kind": kind_of[g],
                 "size": g.size,
                 "kept": len(kept[g]) if g in kept else g.size,
-                "reason": g.why() if g not in kept else "" if len(kept[g]) < g.size else "left whole by round_to",
+                "reason": "" if g in cut else whole.get(g, g.why()),
             }
             for g in groups
         ]
         return Outcome(decisions=decisions, details=details, plan=plan)
 
-    def _record(self, kept: Kept, decisions: list[Decision]) -> None:
+    def _record(self, kept: Kept, whole: dict[AxisGroup, str], decisions: list[Decision]) -> None:
         for g, k in kept.items():
             size = {"size": g.size, "kept": len(k), "members": [m.label for m in g.members]}
-            if len(k) < g.size:
-                note = "" if g.exact else f"; changes a statistic: {g.why('inexact')}"
-                decisions.append(
-                    Decision(g.name, "cut", f"kept {len(k)} of {g.size} by {self._criterion_name()}{note}", size)
-                )
-            else:
-                why = (
-                    f"shorter than a block of {self.round_to}"
-                    if self.round_to > 1
-                    else "all indices rank above the cut"
-                )
-                decisions.append(Decision(g.name, "kept", why, size))
+            if g in whole:
+                decisions.append(Decision(g.name, "kept", whole[g], size))
+                continue
+            note = "" if g.exact else f"; changes a statistic: {g.why('inexact')}"
+            why = f"kept {len(k)} of {g.size} by {self._criterion_name()}{note}"
+            decisions.append(Decision(g.name, "cut", why, size))
 
     def _evidence(self, groups: AxisGroups, ctx: Context) -> Evidence:
         batches = ctx.calibration if self.calibration is None else self.calibration

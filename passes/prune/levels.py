@@ -1,0 +1,250 @@
+"""Layer-adaptive allocation: the distortion of the output at every level of every layer, measured one at a time.
+
+"Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural Networks": distortions of single layers
+add up to the distortion of all together closely enough that a knapsack over them finds how much each layer can lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...graph.actions import mask, select
+from ...graph.errors import ConstraintError
+from ...graph.execute import batches_of, run_graph, synthesize_inputs
+from ...graph.groups import AxisGroup, AxisGroups, axis_groups
+from ...graph.ir import Graph
+from ..allocate import Allocation, Level, Method, allocate
+from ..base import Progress, no_progress
+from .costs import Estimate
+from .importance import Scores
+from .select import Kept, keep_best
+from .widths import Widths
+
+RUNGS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+"""Shares of a group that the measured levels remove."""
+PROBES = 6
+"""Random joint selections that tell how well single distortions add up."""
+
+
+class Outputs:
+    """The outputs of a graph on a few inputs, to measure how far those of a changed graph are.
+
+    Args:
+        graph: the graph as it is.
+        batches: one call's inputs each; made up (``synthesize_inputs``) where there are none.
+        samples: batches are read until they hold that many samples.
+    """
+
+    def __init__(self, graph: Graph, batches: Iterable[Any] | None, samples: int = 64, seed: int = 0) -> None:
+        self.inputs = list(_few(graph, batches, samples, seed))
+        self.samples = sum(_length(b) for b in self.inputs)
+        self.outputs = [run_graph(graph, b)[0] for b in self.inputs]
+        squares = np.sum([[_square(y) for y in batch] for batch in self.outputs], axis=0)
+        self.scale = np.maximum(squares, 1e-30)
+
+    def distortion(self, graph: Graph) -> float:
+        """Squared error of the outputs over their squared norm, summed over the graph's outputs."""
+        total = np.zeros(len(self.scale))
+        for inputs, expected in zip(self.inputs, self.outputs, strict=True):
+            found = run_graph(graph, inputs)[0]
+            total += [
+                _square(np.asarray(a, dtype=np.float64) - b) if _floating(b) else 0.0
+                for a, b in zip(found, expected, strict=True)
+            ]
+        error = float((total / self.scale).sum())
+        if not np.isfinite(error):
+            raise ConstraintError("an output is not finite once an axis is cut", node=graph.name, found=error)
+        return error
+
+
+def _few(graph: Graph, batches: Iterable[Any] | None, samples: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    if batches is None:
+        one = synthesize_inputs(graph, seed)
+        for i in range(max(-(-samples // _length(one)), 1)):
+            yield one if i == 0 else synthesize_inputs(graph, seed + i)
+        return
+    seen = 0
+    for batch in batches_of(graph, batches):
+        yield batch
+        seen += _length(batch)
+        if seen >= samples:
+            return
+    if not seen:
+        raise ConstraintError("the calibration data is empty", expected="at least one batch", hint="pass a list")
+
+
+def _length(batch: Mapping[str, np.ndarray]) -> int:
+    first = next(iter(batch.values()))
+    return int(first.shape[0]) if first.ndim else 1
+
+
+def _floating(y: np.ndarray) -> bool:
+    return y.dtype.kind == "f" or y.dtype.name in ("bfloat16", "float16")
+
+
+def _square(y: np.ndarray) -> float:
+    flat = np.asarray(y, dtype=np.float64).ravel() if _floating(y) else np.zeros(0)
+    return float(flat @ flat)
+
+
+# ---- levels of axis groups -----------------------------------------------------------------------------------------
+@dataclass
+class Ladder:
+    """What was measured.
+
+    Attributes:
+        units: groups that keep the same number of indices (most of them alone).
+        counts: per unit the numbers of indices kept, descending; the first is the whole group.
+        losses: per unit and level the distortion with only this unit cut.
+    """
+
+    units: list[list[AxisGroup]]
+    counts: list[list[int]]
+    losses: list[list[float]]
+
+
+def trial(groups: AxisGroups, kept: Kept) -> Graph:
+    """The graph with a selection applied: masked where that is the same thing, else a cut clone."""
+    if all(g.exact for g in kept):
+        return mask(groups, kept)
+    clone = groups.graph.clone()
+    twins = axis_groups(clone)
+    where = {g: i for i, g in enumerate(groups)}
+    select(twins, {twins.groups[where[g]]: k for g, k in kept.items()})
+    return clone
+
+
+def measure_levels(
+    groups: AxisGroups,
+    scores: Scores,
+    widths: Widths,
+    outputs: Outputs,
+    classes: Sequence[list[AxisGroup]] = (),
+    rungs: Sequence[float] = RUNGS,
+    progress: Progress = no_progress,
+) -> Ladder:
+    """Distortion of the output for each unit and level, everything else whole. Runs units x levels forward passes.
+
+    Within a level each group keeps its highest scores.
+    """
+    tied = {g for members in classes for g in members}
+    units = [[g for g in c if g in scores] for c in classes] + [[g] for g in scores if g not in tied]
+    units = [u for u in units if u]
+    counts = [
+        sorted({u[0].size, *(widths.together(u, u[0].size * (1 - r)) for r in rungs)}, reverse=True) for u in units
+    ]
+    losses: list[list[float]] = []
+    for unit, sizes in progress(list(zip(units, counts, strict=True)), "measuring distortions"):
+        found = [0.0]
+        for n in sizes[1:]:
+            found.append(outputs.distortion(trial(groups, {g: keep_best(scores[g], n) for g in unit})))
+        losses.append(found)
+    return Ladder(units, counts, losses)
+
+
+class Layerwise:
+    """Selections of least summed distortion: a knapsack over the levels of a ladder.
+
+    ``choose(t)`` spends the share 1 - t of the range between all levels at their cheapest and everything whole. Costs
+    are those of one unit with the others as in a reference selection: axes share nodes, so costs do not quite add,
+    and ``settle`` moves the reference to what was chosen last.
+    """
+
+    def __init__(self, ladder: Ladder, scores: Scores, estimate: Estimate | None, method: Method = "dp") -> None:
+        self.ladder = ladder
+        self.scores = scores
+        self.estimate = estimate
+        self.method = method
+        self.reference: dict[AxisGroup, int] = {}
+        self.last: Allocation | None = None
+        self.settle({})
+
+    def settle(self, counts: Mapping[AxisGroup, int]) -> None:
+        """Take costs around a selection; without a cost estimate an index costs 1."""
+        self.reference = dict(counts)
+        self.costs: list[list[float]] = []
+        for unit, sizes in zip(self.ladder.units, self.ladder.counts, strict=True):
+            if self.estimate is None:
+                self.costs.append([float(n * len(unit)) for n in sizes])
+            else:
+                self.costs.append([self.estimate({**self.reference, **dict.fromkeys(unit, n)}) for n in sizes])
+
+    def choose(self, t: float) -> Kept:
+        """The selection of least summed distortion at a budget; indices by score."""
+        most = sum(max(c) for c in self.costs)
+        least = sum(min(c) for c in self.costs)
+        items = {
+            str(i): [Level(c, x) for c, x in zip(costs, losses, strict=True)]
+            for i, (costs, losses) in enumerate(zip(self.costs, self.ladder.losses, strict=True))
+        }
+        self.last = allocate(items, least + (1 - t) * (most - least), method=self.method)
+        picked = [self.last.levels[str(i)] for i in range(len(items))]
+        return self.at(picked)
+
+    def at(self, levels: Sequence[int]) -> Kept:
+        """The selection with each unit at the given level."""
+        kept: Kept = {}
+        for unit, sizes, i in zip(self.ladder.units, self.ladder.counts, levels, strict=True):
+            kept.update({g: keep_best(self.scores[g], sizes[i]) for g in unit})
+        return {g: kept[g] for g in self.scores if g in kept}
+
+    def summed(self, counts: Mapping[AxisGroup, int]) -> float:
+        """Sum of the single distortions of a selection, linear between measured levels."""
+        total = 0.0
+        for unit, sizes, losses in zip(self.ladder.units, self.ladder.counts, self.ladder.losses, strict=True):
+            n = counts.get(unit[0], unit[0].size)
+            total += float(np.interp(n, sizes[::-1], losses[::-1]))
+        return total
+
+
+def additivity(groups: AxisGroups, layerwise: Layerwise, outputs: Outputs, seed: int) -> dict[str, float]:
+    """Correlation of joint with summed distortion over random selections (logarithms; both span decades)."""
+    rng = np.random.default_rng(seed)
+    joint, summed = [], []
+    for i in range(PROBES):
+        levels = [int(rng.integers(0, max((i + 1) * len(c) // PROBES, 1))) for c in layerwise.ladder.counts]
+        kept = {g: k for g, k in layerwise.at(levels).items() if len(k) < g.size}
+        if kept:
+            joint.append(outputs.distortion(trial(groups, kept)))
+            summed.append(layerwise.summed({g: len(k) for g, k in kept.items()}))
+    if len(joint) < 3 or min(joint) <= 0 or min(summed) <= 0 or np.ptp(np.log(summed)) == 0:
+        return {"probes": float(len(joint))}
+    correlation = float(np.corrcoef(np.log(joint), np.log(summed))[0, 1])
+    return {"correlation": correlation, "probes": float(len(joint))}
+
+
+# ---- levels of single weights --------------------------------------------------------------------------------------
+def weight_levels(
+    graph: Graph,
+    names: Sequence[str],
+    sparsities: Sequence[float],
+    outputs: Outputs,
+    progress: Progress = no_progress,
+) -> dict[str, list[Level]]:
+    """Per weight and sparsity (elements kept, distortion with only this weight thinned by magnitude), for allocate."""
+    found: dict[str, list[Level]] = {}
+    for name in progress(list(names), "measuring distortions"):
+        size = graph.weight(name).size
+        found[name] = []
+        for s in sparsities:
+            gone = round(s * size)
+            loss = outputs.distortion(thinned(graph, {name: s})) if gone else 0.0
+            found[name].append(Level(float(size - gone), loss))
+    return found
+
+
+def thinned(graph: Graph, sparsity: Mapping[str, float]) -> Graph:
+    """A clone in which each named weight has its smallest elements (that share of them) set to zero."""
+    clone = graph.clone()
+    for name, s in sparsity.items():
+        w = clone.weight(name)
+        data = w.numpy().copy()
+        flat = data.reshape(-1)
+        order = np.argsort(np.abs(flat), kind="stable")
+        flat[order[: round(s * len(flat))]] = 0
+        clone.set_weight(w, data)
+    return clone
