@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .graph.actions import Plan, apply_plan
     from .graph.cost import cost
     from .graph.execute import run_graph
+    from .graph.fx.pruned import load_pruned
     from .graph.groups import axis_groups
     from .graph.ir import Graph
     from .graph.load import load
@@ -61,6 +62,7 @@ _HOME = {
     "cost": ".graph.cost",
     "latency": ".passes.targets",
     "load": ".graph.load",
+    "load_pruned": ".graph.fx.pruned",
     "macs": ".passes.targets",
     "params": ".passes.targets",
     "run_graph": ".graph.execute",
@@ -90,6 +92,7 @@ __all__ = [
     "cost",
     "latency",
     "load",
+    "load_pruned",
     "macs",
     "params",
     "run_graph",

@@ -46,8 +46,9 @@ class Result:
     def save(self, folder: str | Path) -> Path:
         """Write everything into ``folder`` and return it.
 
-        Files: the model (torch: ``model.pt``, pickled, and ``model.safetensors``, its weights; ONNX:
-        ``model.onnx``), ``plan.json`` (if anything was selected), ``report.json``, ``report.html``,
+        Files: the model (torch: ``model.pt``, pickled, ``model.safetensors``, its weights, and ``structure.json``,
+        its sizes, from which ``fl.load_pruned`` makes it again without unpickling; ONNX: ``model.onnx``),
+        ``plan.json`` (if anything was selected), ``report.json``, ``report.html``,
         ``pipeline.yaml`` (options that are Python objects are left out and named in it), ``artifact*`` (what a
         backend made). Everything is
         written into a scratch folder first and renamed at the end: an earlier result there is replaced as a whole,
@@ -96,12 +97,20 @@ class Result:
         if not is_torch_model(self.model):
             save(self.model, folder / "model.onnx")
             return []
-        save(self.model, folder / "model.safetensors")
+        self._save_weights(folder)
         try:
             save(self.model, folder / "model.pt")
         except ConfigError as exc:
             return [f"model.pt was not written ({exc.message}); the weights are in model.safetensors"]
         return []
+
+    def _save_weights(self, folder: Path) -> None:
+        import json
+
+        from ..graph.fx.pruned import STRUCTURE, structure
+
+        save(self.model, folder / "model.safetensors")
+        _write(folder / STRUCTURE, json.dumps(structure(self.model), separators=(",", ":")) + "\n")
 
     def _save_artifact(self, folder: Path) -> None:
         path = getattr(self.artifact, "path", None)
