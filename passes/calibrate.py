@@ -255,6 +255,34 @@ class Moments:
         return np.sqrt(self.squares)
 
 
+class ZeroCount:
+    """Per index of one axis: how many elements were exactly zero, and of how many. Exact."""
+
+    def __init__(self, axis: int = -1) -> None:
+        self.axis = axis
+        self.count = 0
+        self.per_channel = 0
+        self.zeros: np.ndarray | None = None
+
+    def update(self, x: np.ndarray) -> None:
+        axis = self.axis % x.ndim
+        found = (x == 0).sum(axis=tuple(i for i in range(x.ndim) if i != axis), dtype=np.int64)
+        self.zeros = found if self.zeros is None else self.zeros + found
+        self.per_channel += x.size // x.shape[axis]
+        self.count += x.size
+
+    def merge(self, other: ZeroCount) -> None:
+        if other.zeros is not None:
+            self.zeros = other.zeros if self.zeros is None else self.zeros + other.zeros
+            self.per_channel += other.per_channel
+            self.count += other.count
+
+    def share(self) -> np.ndarray:
+        """Share of zeros per channel, 0..1."""
+        assert self.zeros is not None
+        return self.zeros / self.per_channel
+
+
 class Gram:
     """X^T X over all rows seen, where a row is a vector along ``axis``: [n, n] in float64; memory 8 n^2 bytes."""
 

@@ -1,105 +1,97 @@
-"""Importance of every index of an axis group: small functions of one member's slabs, reduced over the members."""
+"""Importance of every index of an axis group: a criterion's scores of the members, reduced over them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from ...graph.errors import ConfigError
-from ...graph.groups import AxisGroup, AxisGroups, Member
+from ...graph.groups import AxisGroup, AxisGroups
+from ..base import Needs
+from . import activation_criteria, gradient_criteria, lora_criteria, spectral, weight_criteria  # noqa: F401  (register)
+from .criterion import CRITERIA
 from .evidence import Evidence
+from .slabs import members_that_count, slabs_of
+
+__all__ = ["NAMES", "Reduction", "Scores", "importance", "members_that_count", "needs_of", "slabs_of"]
 
 Scores: TypeAlias = dict[AxisGroup, np.ndarray]
 """One float64 score per index of each group; higher is more important."""
-Criterion: TypeAlias = Callable[[AxisGroup, AxisGroups], np.ndarray]
-"""A user's own criterion: (group, all groups) -> one score per index."""
+UserCriterion: TypeAlias = Callable[..., Any]
+"""A user's own criterion: (group, all groups), (group, evidence) or (group, all groups, evidence) -> one score per
+index. It is given the evidence as second argument where that parameter is called ``evidence`` or annotated so."""
 Reduction: TypeAlias = Literal["mean", "sum", "max", "first", "product"]
 
-NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
-
-
-def l1(slabs: np.ndarray) -> np.ndarray:
-    """Sum of absolute values ("Pruning Filters for Efficient ConvNets")."""
-    return np.abs(slabs).sum(axis=1, dtype=np.float64)
-
-
-def l2(slabs: np.ndarray) -> np.ndarray:
-    """Euclidean norm; over all members of a group the criterion of "DepGraph: Towards Any Structural Pruning"."""
-    return np.sqrt(np.einsum("ij,ij->i", slabs, slabs, dtype=np.float64))
-
-
-def linf(slabs: np.ndarray) -> np.ndarray:
-    """Largest absolute value."""
-    return np.asarray(np.abs(slabs).max(axis=1), dtype=np.float64)
-
-
-def fpgm(slabs: np.ndarray) -> np.ndarray:
-    """Sum of distances to all other slabs: what lies near the geometric median is replaceable ("Filter Pruning via
-    Geometric Median")."""
-    x = slabs.astype(np.float64)
-    square = np.einsum("ij,ij->i", x, x)
-    distance = np.sqrt(np.maximum(square[:, None] + square[None, :] - 2 * (x @ x.T), 0))
-    return np.asarray(distance.sum(axis=1))
-
-
-def cosine(slabs: np.ndarray) -> np.ndarray:
-    """One minus the largest absolute cosine with another slab: a near copy of another index can go."""
-    x = slabs.astype(np.float64)
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    similar = np.abs(x @ x.T)
-    np.fill_diagonal(similar, 0)
-    return np.asarray(1 - similar.max(axis=1))
-
-
-CRITERIA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "l1": l1,
-    "l2": l2,
-    "linf": linf,
-    "fpgm": fpgm,
-    "cosine": cosine,
-    "norm_scale": l1,
-}
-"""Each maps one member's slabs, float (indices, elements per index), to a score per index. ``norm_scale`` reads the
-gains of normalizations only ("Learning Efficient Convolutional Networks through Network Slimming")."""
 NAMES = (*CRITERIA, "random")
+
+
+def needs_of(criterion: str | UserCriterion) -> Needs:
+    """What a criterion needs besides the model; a callable's needs are unknown, hence nothing."""
+    return CRITERIA[criterion].needs if isinstance(criterion, str) and criterion in CRITERIA else Needs.NOTHING
 
 
 def importance(
     groups: AxisGroups,
     chosen: Iterable[AxisGroup],
-    criterion: str | Criterion,
+    criterion: str | UserCriterion,
     seed: int,
     reduction: Reduction = "mean",
     evidence: Evidence | None = None,
 ) -> Scores:
     """Scores of every index of the chosen groups (groups that a criterion cannot judge are left out).
 
-    Each member's scores are divided by their mean, so that wide and narrow members count alike, and then reduced over
-    the members. ``"random"`` is the baseline: same seed, same scores.
+    Where members have different units, each one's scores are divided by their mean, so that wide and narrow members
+    count alike; then they are reduced over the members. ``"random"`` is the baseline: same seed, same scores.
 
     Raises:
-        ConfigError: unknown criterion, or a user's criterion that does not return one finite score per index.
+        ConfigError: unknown criterion, evidence that it needs is missing (says what to pass), or a user's criterion
+            that does not return one finite score per index.
     """
     chosen = list(chosen)
+    evidence = Evidence(groups, seed=seed) if evidence is None else evidence
+    evidence.judged = chosen
     if callable(criterion):
-        return {g: _checked(g, criterion(g, groups)) for g in chosen}
+        judge = _two_arguments(criterion, groups, evidence)
+        return {g: _checked(g, judge(g)) for g in chosen}
     if criterion == "random":
         rng = np.random.default_rng(seed)
         return {g: rng.random(g.size) for g in chosen}
     if criterion not in CRITERIA:
         raise ConfigError("unknown criterion", value=criterion, expected=", ".join(NAMES) + " or a callable")
-    judged = _gains if criterion == "norm_scale" else members_that_count
+    known = CRITERIA[criterion]
     scores: Scores = {}
     for g in chosen:
-        parts = [_relative(CRITERIA[criterion](slabs_of(g, m))) for m in judged(g)]
+        parts = known.parts(g, evidence)
         if parts:
-            scores[g] = _reduce(parts, reduction)
+            scores[g] = _checked(g, _reduce([_relative(p) for p in parts] if known.relative else parts, reduction))
     return scores
 
 
-def _checked(g: AxisGroup, scores: np.ndarray) -> np.ndarray:
+def _two_arguments(criterion: UserCriterion, groups: AxisGroups, evidence: Evidence) -> Callable[[AxisGroup], Any]:
+    """A user's criterion as a function of the group alone."""
+    try:
+        parameters = list(inspect.signature(criterion).parameters.values())
+    except (TypeError, ValueError):  # builtins without a signature
+        parameters = []
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return lambda g: criterion(g, groups)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    if len(positional) > 1 and _wants_evidence(positional[1]):
+        return lambda g: criterion(g, evidence)
+    if len(required) > 2 or len(positional) > 2 and _wants_evidence(positional[2]):
+        return lambda g: criterion(g, groups, evidence)
+    return lambda g: criterion(g, groups)
+
+
+def _wants_evidence(p: inspect.Parameter) -> bool:
+    return p.name == "evidence" or p.annotation is Evidence or str(p.annotation).split(".")[-1] == "Evidence"
+
+
+def _checked(g: AxisGroup, scores: Any) -> np.ndarray:
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (g.size,) or not np.isfinite(scores).all():
         raise ConfigError(
@@ -122,29 +114,3 @@ def _reduce(parts: list[np.ndarray], reduction: Reduction) -> np.ndarray:
     if reduction == "max":
         return np.asarray(stacked.max(axis=0))
     return np.asarray(stacked.sum(axis=0) if reduction == "sum" else stacked.mean(axis=0))
-
-
-def slabs_of(g: AxisGroup, member: Member) -> np.ndarray:
-    """The member's data as one row per group index, (size, elements per index), float32 or float64."""
-    data = member.weight.numpy()
-    if data.dtype not in (np.float32, np.float64):
-        data = data.astype(np.float32)
-    at = member.positions(g.atom)
-    order = np.argsort(at, kind="stable")[int((at < 0).sum()) :]
-    return np.ascontiguousarray(np.moveaxis(data, member.axis, 0)[order]).reshape(g.size, -1)
-
-
-def members_that_count(g: AxisGroup) -> list[Member]:
-    """The floating members whose slabs make or read the index; gains and tables only if there is nothing else."""
-    floating = [m for m in g.members if m.weight.dtype.startswith(("float", "bfloat")) and not m.stat]
-    main = [m for m in floating if m.role != "carries" and len(m.weight.shape) > 1]
-    return main or floating
-
-
-def _gains(g: AxisGroup) -> list[Member]:
-    """Members that are the gain of a normalization."""
-    return [
-        m
-        for m in g.members
-        if m.weight.value is not None and any(n.op in NORMS and i == 1 for n, i in m.weight.value.uses)
-    ]

@@ -1,0 +1,229 @@
+"""Importance from the gradients of low-rank adapters alone: the weights of the model get no gradient buffer.
+
+A weight W runs beside an adapter, ``y = W x + s B (A x)``, and only A and B are differentiated. One descent step of
+unit rate takes the adapter from ``BA`` to ``(B - dB)(A - dA)``, so that the step it stands for on the weight is
+``G = s (dB A + B dA - dB dA)``, with dB and dA the gradients. The gradient of the weight itself is never formed: it
+would be the product of output gradients and inputs, of which the adapter only sees projections on its rank.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...graph.groups import AxisGroup
+from ...graph.ir import Graph, Node, Value, Weight
+from ..base import Needs
+from ..sites import Site, sites_of
+from .criterion import Parts, criterion
+from .evidence import Evidence
+from .slabs import members_that_count, slab_sums
+
+RANK = 8
+"""Rank of the adapters that are attached where the model has none."""
+DECAY = 0.9
+"""Share of the past in the moving average over steps."""
+RATE = 0.1
+"""Largest step of attached adapters per batch, as a share of the root mean square of the weight."""
+
+
+@dataclass
+class Adapter:
+    """A low-rank branch beside one weight.
+
+    Attributes:
+        a, b: names of its weights, [r, in, kernel...] and [out, r, 1...] (per group of a convolution).
+        scale: the constant s of ``y = W x + s B (A x)``.
+        blocks: groups of the convolution; the product is taken per block.
+        swapped: the weight is stored as [in, out].
+        own: the model's own adapter, which is read and left as it is between batches.
+    """
+
+    weight: Weight
+    a: str
+    b: str
+    scale: float
+    blocks: int
+    swapped: bool
+    own: bool
+
+    def product(self, b: Any, a: Any) -> Any:
+        """B A per block, in the layout of the weight."""
+        first = b.reshape(self.blocks, b.shape[0] // self.blocks, -1)
+        second = a.reshape(self.blocks, a.shape[0] // self.blocks, -1)
+        found = first @ second
+        return found[0].T if self.swapped else found.reshape(self.weight.shape)
+
+
+@criterion("lora", Needs.GRADIENTS)
+def lora(g: AxisGroup, evidence: Evidence) -> Parts:
+    """``sum of (G * (W + s B A))^2`` over the slab, G the step of low-rank adapters, as a moving average over the
+    batches: the gradients of the weights are never computed ("LoRAPrune: Structured Pruning Meets Low-Rank
+    Parameter-Efficient Fine-Tuning"). Adapters that the model already has are read; other linear nodes and
+    convolutions get one of rank 8. Each batch is a step: unlike all other criteria this one depends on their order."""
+    moving: dict[str, np.ndarray] = evidence.once("lora", lambda: adapter_importance(evidence))
+    return [slab_sums(g, m, moving[m.weight.name]) for m in members_that_count(g) if m.weight.name in moving]
+
+
+def adapter_importance(evidence: Evidence) -> dict[str, np.ndarray]:
+    """Moving average of (G * (W + s B A))^2 by weight name, float64, in the weight's shape."""
+    import torch
+
+    from ..gradients import Differentiable, gradients, losses_of, no_samples
+
+    graph = evidence.groups.graph.clone()
+    adapters = attach(graph, [w.name for w in evidence.weights], evidence.seed)
+    if not adapters:
+        return {}
+    function = Differentiable(graph, [n for ad in adapters for n in (ad.a, ad.b)])
+    leaves = function.leaves
+    base = {ad.weight.name: torch.from_numpy(np.asarray(ad.weight.numpy(), dtype=np.float32)) for ad in adapters}
+    moving: dict[str, Any] = {}
+    steps = 0
+    for example in evidence.examples():
+        outputs, _ = function(example.inputs)
+        grads = gradients(losses_of(outputs[0], example, evidence.loss, evidence.seed).mean(), leaves)
+        steps += 1
+        for ad in adapters:
+            a, b = leaves[ad.a].detach().float().cpu(), leaves[ad.b].detach().float().cpu()
+            da, db = grads[ad.a].float().cpu(), grads[ad.b].float().cpu()
+            step = ad.scale * (ad.product(db, a) + ad.product(b, da) - ad.product(db, da))
+            w = base[ad.weight.name]
+            score = (step * (w + ad.scale * ad.product(b, a))).double().square()
+            kept = DECAY * moving.get(ad.weight.name, 0)
+            moving[ad.weight.name] = kept + (1 - DECAY) * score
+            if not ad.own:
+                _descend(leaves[ad.a], leaves[ad.b], grads[ad.a], grads[ad.b], float(w.square().mean().sqrt()))
+    if not steps:
+        raise no_samples()
+    return {name: (m / (1 - DECAY**steps)).numpy() for name, m in moving.items()}
+
+
+def _descend(a: Any, b: Any, da: Any, db: Any, size: float) -> None:
+    """A normalised descent step: entries of B (and of A) move by at most a share of the weight's own size."""
+    for leaf, grad in ((a, da), (b, db)):
+        top = grad.abs().max()
+        if float(top) > 0:
+            leaf.data.sub_(grad / top * (RATE * size))
+
+
+def attach(graph: Graph, names: list[str], seed: int) -> list[Adapter]:
+    """The adapters of the named weights: those that the graph has, and new ones (B = 0: the function stays).
+
+    Weights used otherwise than by linear nodes and plain convolutions get none.
+    """
+    own = {}
+    for name in names:
+        sites = sites_of(graph.weights[name])
+        if sites is not None and len(sites) == 1 and (found := _own_adapter(sites[0])) is not None:
+            own[name] = found
+    theirs = {n for ad in own.values() for n in (ad.a, ad.b)}
+    adapters = list(own.values())
+    for name in names:
+        sites = sites_of(graph.weights[name])
+        if name in own or name in theirs or sites is None or not all(_plain(s) for s in sites):
+            continue
+        adapters.append(_new_adapter(graph, sites, seed))
+    return adapters
+
+
+def _plain(site: Site) -> bool:
+    attrs = site.node.attrs
+    if site.conv:
+        return not site.swapped and all(lo == hi for lo, hi in attrs["padding"])
+    return float(attrs.get("alpha", 1.0)) == 1.0
+
+
+def _new_adapter(graph: Graph, sites: list[Site], seed: int) -> Adapter:
+    weight = sites[0].weight
+    blocks, rows, columns = sites[0].shape
+    swapped = sites[0].swapped
+    made, read = (columns, rows) if swapped else (rows, columns)
+    rank = min(RANK, made, read)
+    kernel = tuple(weight.shape[2:]) if sites[0].conv else ()
+    rng = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
+    dtype = weight.numpy().dtype
+    a = rng.uniform(-1, 1, (blocks * rank, read)) / np.sqrt(read)
+    if sites[0].conv:
+        a = a.reshape(blocks * rank, weight.shape[1], *kernel)
+    first = graph.add_weight(f"{weight.name}.lora_a", a.astype(dtype), trainable=True)
+    second = graph.add_weight(
+        f"{weight.name}.lora_b", np.zeros((blocks * made, rank, *[1] * len(kernel)), dtype), trainable=True
+    )
+    for site in sites:
+        _branch(graph, site, first, second, len(kernel))
+    assert first.weight is not None and second.weight is not None
+    return Adapter(weight, first.weight.name, second.weight.name, 1.0, blocks, swapped, own=False)
+
+
+def _branch(graph: Graph, site: Site, a: Value, b: Value, spatial: int) -> None:
+    """y becomes y + B (A x)."""
+    node = site.node
+    if site.conv:
+        keys = ("stride", "padding", "dilation", "groups")
+        down = {**{k: node.attrs[k] for k in keys}, "transposed": False, "output_padding": [0] * spatial}
+        ones = {"stride": [1] * spatial, "padding": [(0, 0)] * spatial, "dilation": [1] * spatial}
+        up = {**down, **ones}
+    else:
+        down = up = {"transposed_weight": False, "alpha": 1.0, "beta": 1.0}
+    low = graph.insert(node.op, [site.x, a], down, name=f"{node.name}_lora_a", after=node)
+    high = graph.insert(node.op, [low.output, b], up, name=f"{node.name}_lora_b", after=low)
+    total = graph.insert("add", [node.output, high.output], name=f"{node.name}_lora", after=high)
+    graph.replace_uses(node.output, total.output, except_nodes=[total])
+
+
+def _own_adapter(site: Site) -> Adapter | None:
+    """The model's adapter beside a linear node: y added to s B (A x), with x seen through dropouts and scalings."""
+    if site.conv:
+        return None
+    for total, position in site.y.uses:
+        other = total.input(1 - position) if total.op == "add" and position in (0, 1) else None
+        high, after = _through(other)
+        low, between = _through(None if high is None else high.input(0))
+        start, before = (None, 1.0) if low is None else _source(low.input(0))
+        if high is None or low is None or start is not site.x:
+            continue
+        b, a = _matrix(high), _matrix(low)
+        if a is None or b is None or a.shape[0] >= min(site.weight.shape):
+            continue
+        return Adapter(site.weight, a.name, b.name, after * between * before, 1, site.swapped, own=True)
+    return None
+
+
+def _matrix(node: Node) -> Weight | None:
+    """The weight [out, in] of a linear node without bias."""
+    weight = node.inputs[1].weight if node.inputs[1] is not None else None
+    plain = node.input(2) is None and not node.attrs.get("transposed_weight") and node.attrs.get("alpha", 1.0) == 1.0
+    return weight if plain else None
+
+
+def _through(value: Value | None) -> tuple[Node | None, float]:
+    """The linear node behind a value and the scalars that multiply it on the way."""
+    found, scale = _source(value)
+    node = None if found is None else found.producer
+    return (node if node is not None and node.op == "linear" else None), scale
+
+
+def _source(value: Value | None) -> tuple[Value | None, float]:
+    scale = 1.0
+    while value is not None and value.producer is not None:
+        node = value.producer
+        if node.op == "identity":
+            value = node.inputs[0]
+        elif node.op == "mul" and (c := _scalar(node)) is not None:
+            value, scale = node.inputs[c[0]], scale * c[1]
+        else:
+            break
+    return value, scale
+
+
+def _scalar(node: Node) -> tuple[int, float] | None:
+    """(position of the other operand, the scalar) of a multiplication by a constant."""
+    for i in (0, 1):
+        other = node.input(1 - i)
+        if other is not None and other.literal is not None and other.literal.size == 1:
+            return i, float(other.literal.reshape(-1)[0])
+    return None

@@ -1,0 +1,47 @@
+"""The slabs of a group in one weight: as rows, and the sums over them of anything that has the weight's shape."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...graph.groups import AxisGroup, Member
+
+NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
+
+
+def slabs_of(g: AxisGroup, member: Member) -> np.ndarray:
+    """The member's data as one row per group index, (size, elements per index), float32 or float64."""
+    data = member.weight.numpy()
+    if data.dtype not in (np.float32, np.float64):
+        data = data.astype(np.float32)
+    at = member.positions(g.atom)
+    order = np.argsort(at, kind="stable")[int((at < 0).sum()) :]
+    return np.ascontiguousarray(np.moveaxis(data, member.axis, 0)[order]).reshape(g.size, -1)
+
+
+def members_that_count(g: AxisGroup) -> list[Member]:
+    """The floating members whose slabs make or read the index; gains and tables only if there is nothing else."""
+    floating = [m for m in g.members if m.weight.dtype.startswith(("float", "bfloat")) and not m.stat]
+    main = [m for m in floating if m.role != "carries" and len(m.weight.shape) > 1]
+    return main or floating
+
+
+def gains(g: AxisGroup) -> list[Member]:
+    """Members that are the gain of a normalization."""
+    return [
+        m
+        for m in g.members
+        if m.weight.value is not None and any(n.op in NORMS and i == 1 for n, i in m.weight.value.uses)
+    ]
+
+
+def slab_sums(g: AxisGroup, member: Member, elements: np.ndarray) -> np.ndarray:
+    """Sum over the slab of every index, float64 [size]; ``elements`` has the shape of the weight."""
+    rest = tuple(i for i in range(elements.ndim) if i != member.axis)
+    return by_index(elements.sum(axis=rest, dtype=np.float64), member.positions(g.atom), g.size)
+
+
+def by_index(along: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
+    """Sum of a vector's entries per group index: ``at`` says which index each stands for, -1 for none."""
+    valid = at >= 0
+    return np.bincount(at[valid], weights=along[valid], minlength=size).astype(np.float64)
