@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .graph.verify import compare
     from .passes.checks import verify
     from .passes.pipeline import Pipeline
+    from .passes.prune.session import PruneSession
     from .passes.report import Report
     from .passes.result import Result
     from .passes.targets import bytes, latency, macs, params
@@ -52,6 +53,7 @@ _HOME = {
     "Graph": ".graph.ir",
     "Pipeline": ".passes.pipeline",
     "Plan": ".graph.actions",
+    "PruneSession": ".passes.prune.session",
     "Report": ".passes.report",
     "Result": ".passes.result",
     "apply_plan": ".graph.actions",
@@ -79,6 +81,7 @@ __all__ = [
     "ModelFileError",
     "Pipeline",
     "Plan",
+    "PruneSession",
     "Report",
     "Result",
     "TraceError",

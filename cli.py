@@ -1,4 +1,4 @@
-"""The foldline command: run, inspect, check, diff, passes, version."""
+"""The foldline command: run, prune, inspect, check, diff, passes, version."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_models import ModelArgument, batches, example_inputs, load_model
+from .cli_prune import Atoms, Criterion, Equal, Goal, Ignore, MinKeep, PlanFile, Ratio, Round, Scope, prune_step
 from .graph.errors import FoldlineError
 from .graph.version import VERSION
 
@@ -33,6 +34,14 @@ Shape = Annotated[
     typer.Option("--input-shape", help="1x3x224x224, or NAME=1x3x224x224; once per input. Inputs are made up."),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of every random choice.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for the result.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="A .npz (arrays by input name, samples along axis 0) or a folder of .npy/.npz batches."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per batch taken from a .npz.")]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the numerical checks.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Do not print the report.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -59,16 +68,13 @@ def options(
 def run(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A .yaml, .json or .toml pipeline file.")],
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Folder for the result.")],
+    output: Output,
     input_shape: Shape = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="A .npz (arrays by input name, samples along axis 0) or a folder of .npy/.npz batches."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch taken from a .npz.")] = 32,
+    calibration: Calibration = None,
+    batch_size: BatchSize = 32,
     seed: Seed = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the numerical checks.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print the report.")] = False,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a pipeline on a model and save the result, with its report, into a folder."""
     from .passes.pipeline import Pipeline
@@ -77,13 +83,47 @@ def run(
     if seed is not None:
         pipe = Pipeline(pipe.passes, seed=seed, name=pipe.name)
     data = None if calibration is None else batches(calibration, batch_size)
-    loaded, example = load_model(model)
-    example = example_inputs(loaded, example, input_shape, pipe.seed)
-    result = pipe.run(loaded, example, calibration=data, verify=not no_verify, progress=progress)
-    folder = result.save(output)
-    if not quiet:
-        out.print(result.report)
-        out.print(f"\n{folder / 'report.html'}", highlight=False)
+    _execute(pipe, model, output, input_shape, data, not no_verify, quiet)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output,
+    ratio: Ratio = None,
+    target: Goal = None,
+    plan: PlanFile = None,
+    criterion: Criterion = None,
+    scope: Scope = None,
+    round_to: Round = None,
+    min_keep: MinKeep = None,
+    ignore: Ignore = None,
+    atoms: Atoms = None,
+    equal: Equal = False,
+    input_shape: Shape = None,
+    calibration: Calibration = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = None,
+    no_verify: NoVerify = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model by ratio, to a target, or as a plan says; save it with plan.json and report."""
+    from .passes.pipeline import Pipeline
+
+    step = prune_step(
+        plan,
+        target,
+        ratio=ratio,
+        criterion=criterion,
+        scope=scope,
+        round_to=round_to,
+        min_keep=min_keep,
+        ignore=ignore,
+        atoms=atoms,
+        equal=equal,
+    )
+    data = None if calibration is None else batches(calibration, batch_size)
+    _execute(Pipeline([step], seed=seed or 0, name="prune"), model, output, input_shape, data, not no_verify, quiet)
 
 
 @app.command()
@@ -204,6 +244,18 @@ def passes(
 def version() -> None:
     """Print the version."""
     out.print(VERSION, highlight=False)
+
+
+def _execute(
+    pipe: Any, model: str, output: Path, shapes: list[str] | None, data: Any, verify: bool, quiet: bool
+) -> None:
+    loaded, example = load_model(model)
+    example = example_inputs(loaded, example, shapes, pipe.seed)
+    result = pipe.run(loaded, example, calibration=data, verify=verify, progress=progress)
+    folder = result.save(output)
+    if not quiet:
+        out.print(result.report)
+        out.print(f"\n{folder / 'report.html'}", highlight=False)
 
 
 def _totals(found: Any) -> dict[str, int]:

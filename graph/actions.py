@@ -18,7 +18,7 @@ from .plans import Plan, groups_of_plan, plan_of
 from .positions import kept_positions, spread
 from .space import Atom, atoms
 
-__all__ = ["Plan", "apply_plan", "groups_of_plan", "mask", "permute", "scale", "select"]
+__all__ = ["Plan", "apply_kept", "apply_plan", "groups_of_plan", "mask", "permute", "scale", "select"]
 
 
 def _legal(groups: AxisGroups, chosen: Mapping[AxisGroup, Any], action: str) -> None:
@@ -54,6 +54,11 @@ def select(groups: AxisGroups, kept: Mapping[AxisGroup, np.ndarray]) -> Plan:
         if len(index) < g.size:
             selection[g.atom] = index
     return _gather(groups, selection)
+
+
+def apply_kept(groups: AxisGroups, kept: Mapping[AxisGroup, np.ndarray]) -> Plan:
+    """Keep what :func:`groups_of_plan` returned (checked there): subsets, new orders, or both, in place."""
+    return _gather(groups, {g.atom: np.asarray(k, dtype=np.int64) for g, k in kept.items()})
 
 
 def permute(groups: AxisGroups, orders: Mapping[AxisGroup, np.ndarray]) -> Plan:
@@ -185,8 +190,8 @@ def apply_plan(
     if isinstance(target, Graph):
         target.separate_shared()
         groups = axis_groups(target)
-        _gather(groups, {g.atom: k for g, k in groups_of_plan(groups, plan).items()})
+        apply_kept(groups, groups_of_plan(groups, plan))
         return target
     from .load import load
 
-    return apply_plan(load(target, example_inputs), plan).to_model()
+    return apply_plan(load(target, example_inputs, static=True), plan).to_model()

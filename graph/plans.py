@@ -180,7 +180,7 @@ class Plan:
 def _groups(model: Any, example_inputs: Any) -> AxisGroups:
     from .load import load
 
-    graph = load(model, example_inputs)
+    graph = load(model, example_inputs, static=True)
     if not isinstance(model, Graph):
         graph.separate_shared()
     return axis_groups(graph)

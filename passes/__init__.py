@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .prune import Prune
     from .prune.schedule import PruneIteratively
+    from .prune.select_pass import Select
     from .quantize import Quantize
     from .recover import Recover
     from .registry import get, names
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     prune_iteratively: Callable[..., Result]
     quantize: Callable[..., Result]
     recover: Callable[..., Result]
+    select: Callable[..., Result]
 
 __all__ = [
     "Context",
@@ -48,6 +50,7 @@ __all__ = [
     "Recover",
     "Report",
     "Result",
+    "Select",
     "as_function",
     "finetune",
     "fold",
@@ -58,6 +61,7 @@ __all__ = [
     "prune_iteratively",
     "quantize",
     "recover",
+    "select",
 ]
 
 _HOME = {

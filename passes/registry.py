@@ -12,6 +12,7 @@ from .base import Pass, nearest
 BUILTIN: dict[str, tuple[str, str]] = {
     "fold": (".fold", "Fold"),
     "prune": (".prune", "Prune"),
+    "select": (".prune.select_pass", "Select"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
     "recover": (".recover", "Recover"),
