@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .lower import Lower
     from .pipeline import Pipeline
     from .prune import Prune
+    from .prune.regularize import Cut, regularize
     from .prune.schedule import PruneIteratively
     from .prune.select_pass import Select
     from .quantize import Quantize
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .result import Result
 
+    cut: Callable[..., Result]
     finetune: Callable[..., Result]
     fold: Callable[..., Result]
     lower: Callable[..., Result]
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Context",
     "Contract",
+    "Cut",
     "Decision",
     "FineTune",
     "Fold",
@@ -52,6 +55,7 @@ __all__ = [
     "Result",
     "Select",
     "as_function",
+    "cut",
     "finetune",
     "fold",
     "get",
@@ -61,6 +65,7 @@ __all__ = [
     "prune_iteratively",
     "quantize",
     "recover",
+    "regularize",
     "select",
 ]
 
@@ -68,6 +73,7 @@ _HOME = {
     **dict.fromkeys(["Context", "Contract", "Decision", "Needs", "Outcome", "Pass", "as_function"], ".base"),
     **dict.fromkeys(["get", "names"], ".registry"),
     "Pipeline": ".pipeline",
+    "regularize": ".prune.regularize",
     "Report": ".report",
     "Result": ".result",
 }

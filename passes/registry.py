@@ -12,6 +12,7 @@ from .base import Pass, nearest
 BUILTIN: dict[str, tuple[str, str]] = {
     "fold": (".fold", "Fold"),
     "prune": (".prune", "Prune"),
+    "cut": (".prune.regularize", "Cut"),
     "select": (".prune.select_pass", "Select"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
