@@ -60,7 +60,8 @@ def candidates(
         elif not any(m.role in ("produces", "both", "consumes") for m in g.members):
             why = "no weight produces or consumes it"
         if why:
-            decisions.append(Decision(g.name, "kept", why, {"size": g.size}))
+            data = {"size": g.size, "members": [m.label for m in g.members]}
+            decisions.append(Decision(g.name, "kept", why, data))
         else:
             chosen.append(g)
     if unused:
