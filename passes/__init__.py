@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .prune import Prune
     from .prune.regularize import Cut, regularize
+    from .prune.reinitialize import Reinitialize
     from .prune.schedule import PruneIteratively
     from .prune.select_pass import Select
     from .quantize import Quantize
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     prune_iteratively: Callable[..., Result]
     quantize: Callable[..., Result]
     recover: Callable[..., Result]
+    reinitialize: Callable[..., Result]
     select: Callable[..., Result]
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "PruneIteratively",
     "Quantize",
     "Recover",
+    "Reinitialize",
     "Report",
     "Result",
     "Select",
@@ -66,6 +69,7 @@ __all__ = [
     "quantize",
     "recover",
     "regularize",
+    "reinitialize",
     "select",
 ]
 

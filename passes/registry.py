@@ -14,6 +14,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "prune": (".prune", "Prune"),
     "cut": (".prune.regularize", "Cut"),
     "select": (".prune.select_pass", "Select"),
+    "reinitialize": (".prune.reinitialize", "Reinitialize"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
     "recover": (".recover", "Recover"),
