@@ -239,6 +239,7 @@ def _check_indices(plan: Plan, name: str, shape: Sequence[int]) -> None:
                 node=f"{name}[{axis}]",
                 expected=f"distinct indices in 0..{size - 1}, at least one" if size else f"an axis of shape {shape}",
                 found=list(keep)[:8],
+                hint="list positions of this axis as it was before the plan; to drop all of it, remove the layer",
             )
 
 

@@ -210,7 +210,12 @@ class PruneSession:
             return found
         g = self.groups[name]  # raises, naming the nearest one
         why = next((d.reason for d in self._whole if d.subject == g.name), g.why())
-        raise ConstraintError("this axis group cannot be cut in this session", node=name, found=why)
+        raise ConstraintError(
+            "this axis group cannot be cut in this session",
+            node=name,
+            found=why,
+            hint="session.explain(name) tells more; printing the session lists what can be cut",
+        )
 
     def _now(self, g: AxisGroup) -> np.ndarray:
         return self._kept.get(g, np.arange(g.size))
@@ -255,5 +260,6 @@ class PruneSession:
                 node=g.name,
                 expected=f"indices in 0..{g.size - 1}, at least one",
                 found=found.tolist()[:8],
+                hint="name indices of the group as it was in the model that came in",
             )
         return np.unique(found)
