@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -34,8 +35,8 @@ class Cut(Pass):
     With ``absorb``, an index that has come to carry a constant (a norm whose gain is 0 leaves its bias) is not just
     dropped: what it adds to each convolution or linear that reads it, W[:, c] * constant, moves into that operator's
     bias, or into the running mean of the batch norm behind it. Exact where the gain is exactly 0 and the reader does
-    not pad ("Pruning-aware Sparse Regularization for Network Pruning" drops the constant); at padded borders the
-    bias is added to fewer taps than it should be.
+    not pad ("Pruning-aware Sparse Regularization for Network Pruning" drops the constant). Where a reader pads, no
+    bias is right at the border and inside: it gets the one that is nearest in the mean square over the positions.
 
     Raises:
         ConstraintError: no such group, a frozen group, or indices that are empty or out of range.
@@ -164,7 +165,7 @@ def _absorb(graph: Graph, node: Node, data: np.ndarray, gone: np.ndarray) -> Dec
     weight = stored.numpy().astype(np.float64)
     if node.attrs.get("transposed") and any(n != 1 for n in weight.shape[2:]):
         return Decision(node.name, "refused", "a transposed convolution sums different taps at different outputs")
-    delta = _contract(node, weight, shift) * float(node.attrs.get("alpha", 1.0))
+    delta = _contract(node, weight, shift, _inside(node)) * float(node.attrs.get("alpha", 1.0))
     if not delta.any():
         return Decision(node.name, "kept", "the removed indices carry nothing to it")
     moved = _into_mean(graph, node, delta)
@@ -178,16 +179,36 @@ def _absorb(graph: Graph, node: Node, data: np.ndarray, gone: np.ndarray) -> Dec
         write(graph, Absorbed(node, stored, slot, weight, slot.data(len(delta)) + delta / beta))
         moved = "its bias"
     pads = any(lo or hi for lo, hi in node.attrs.get("padding") or ())
-    note = "; not at the padded border" if pads else ""
+    note = "; the mean over the positions, since it pads" if pads else ""
     return Decision(node.name, "absorbed", f"constants moved into {moved}{note}", {"shift": float(np.abs(delta).max())})
 
 
-def _contract(node: Node, weight: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """[out]: the weight, summed over its taps, times one number per input channel."""
+def _contract(node: Node, weight: np.ndarray, shift: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """[out]: the weight, summed over its taps by their share ``inside``, times one number per input channel."""
     g = groups_of(node)
-    split = weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1).sum(-1)
+    split = weight.reshape(g, weight.shape[0] // g, weight.shape[1], -1) @ inside
     pattern = "gio,gi->go" if inputs_first(node) else "goi,gi->go"
     return np.einsum(pattern, split, shift.reshape(g, -1)).reshape(-1)
+
+
+def _inside(node: Node) -> np.ndarray:
+    """[taps]: share of the output positions at which a tap reads the input and not its padding; 1 without padding.
+
+    A bias adds one number everywhere; this one is nearest to the true sums, in the mean square over the positions.
+    """
+    x, weight = node.inputs[0], node.inputs[1]
+    if node.op == "linear" or x is None or weight is None or x.hint is None or weight.hint is None:
+        return np.ones(1)
+    if node.attrs.get("transposed"):
+        return np.ones(math.prod(weight.hint[2:]))
+    shares = np.ones(1)
+    attrs, taps = node.attrs, weight.hint[2:]
+    spaces = zip(x.hint[-len(taps) :], taps, attrs["padding"], attrs["stride"], attrs["dilation"], strict=True)
+    for length, n, (low, high), stride, dilation in spaces:
+        starts = np.arange(0, length + low + high - dilation * (n - 1), stride) - low
+        read = starts[None, :] + dilation * np.arange(n)[:, None]
+        shares = np.outer(shares, ((read >= 0) & (read < length)).mean(axis=1)).reshape(-1)
+    return shares
 
 
 def _into_mean(graph: Graph, node: Node, delta: np.ndarray) -> str | None:
