@@ -93,7 +93,11 @@ def peer(name: str) -> dict[str, Any]:
 
 
 def isolated(side: str, name: str, limit: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", side, name]
+    return isolated_command([sys.executable, __file__, "--one", side, name], limit)
+
+
+def isolated_command(command: list[str], limit: float) -> dict[str, Any]:
+    """The JSON that a command prints last, or ``{"failed": why}``."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:

@@ -134,6 +134,7 @@ class Context:
         facts: what holds of the graph now (``"float"`` at the start; see ``Pass.establishes``).
         backends: name of a target -> its backend.
         original: the graph of the model that came in.
+        untouched: the graph as it is before the pass that is running, whose clone ``apply`` edits.
         reference: what a pass that selects leaves for those that repair; None while nothing was cut.
     """
 
@@ -145,6 +146,7 @@ class Context:
     facts: set[str] = field(default_factory=lambda: {"float"})
     backends: BackendResolver = no_backends
     original: Graph | None = None
+    untouched: Graph | None = None
     reference: Reference | None = None
 
 

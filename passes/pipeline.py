@@ -195,6 +195,7 @@ class Pipeline:
         try:
             with Meter() as meter:
                 clone = graph.clone() if step.edits else graph
+                ctx.untouched = graph
                 outcome = step.apply(clone, ctx)
             new = outcome.graph or clone
             with checking:

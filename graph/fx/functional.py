@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,7 +40,12 @@ _MAY_RETURN_INPUT = {
 
 def packet(node: fx.Node) -> str:
     """``"aten.conv2d"`` for an OpOverload, ``"operator.mul"`` or the like for a Python function."""
-    target = node.target
+    return packet_of(node.target)
+
+
+@cache
+def packet_of(target: Any) -> str:
+    """The same of a call's target."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket)
     if isinstance(target, torch._ops.HigherOrderOperator):

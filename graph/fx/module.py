@@ -20,7 +20,7 @@ from .patch import Patch, apply_patches, plan_patches
 from .place import NotExpressible, place
 from .run import interpret
 from .tensors import storage_key
-from .trace import module_tensors, structural_copy, user_line
+from .trace import copied_with, module_tensors, user_line
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -166,7 +166,7 @@ def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
             )
         replace[key] = new
     try:
-        twin = structural_copy(module, replace)
+        twin = copied_with(module, replace)
     except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
         raise NotExpressible(f"the module cannot be copied ({error})") from error
     added = [n for n in graph.weights if n not in graph.originals]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from .functional import packet
+from .functional import packet, packet_of
 
 Slot: TypeAlias = tuple[str | int, int | None]
 """Where an operand sits in a call: (argument name or position, index inside a list argument)."""
@@ -33,16 +34,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
+@cache
+def _signature(target: Any) -> tuple[Any, str, tuple[Any, ...], dict[str, int]]:
+    """(schema, overload, arguments, position by name) of a call's target; torch builds these anew at every access."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None, "", (), {}
+    name, arguments = target._overloadname, tuple(target._schema.arguments)
+    return target._schema, "" if name == "default" else name, arguments, {a.name: i for i, a in enumerate(arguments)}
+
+
 class Call:
     """One fx call with its arguments addressed by schema name (or position, for Python functions)."""
 
     def __init__(self, node: fx.Node) -> None:
         self.node = node
-        target = node.target
-        self.schema = target._schema if isinstance(target, torch._ops.OpOverload) else None
-        name = target._overloadname if isinstance(target, torch._ops.OpOverload) else ""
-        self.overload = "" if name == "default" else name
-        self._position = {a.name: i for i, a in enumerate(self.schema.arguments)} if self.schema else {}
+        self.schema, self.overload, self.arguments, self._position = _signature(node.target)
 
     def has(self, name: str) -> bool:
         return name in self._position
@@ -58,7 +64,7 @@ class Call:
         i = self._position[name]
         if i < len(self.node.args):
             return self.node.args[i]
-        argument = self.schema.arguments[i]  # type: ignore[union-attr]
+        argument = self.arguments[i]
         return argument.default_value if argument.has_default_value() else default
 
     def put(self, name: str | int, value: Any) -> None:
@@ -69,16 +75,16 @@ class Call:
             self.node.args = tuple(args)
             return
         i = self._position[name]
-        argument = self.schema.arguments[i]  # type: ignore[union-attr]
+        argument = self.arguments[i]
         if argument.kwarg_only or name in self.node.kwargs:
             self.node.kwargs = {**self.node.kwargs, name: value}
             return
         args = list(self.node.args)
         while len(args) <= i:
-            filler = self.schema.arguments[len(args)]  # type: ignore[union-attr]
+            filler = self.arguments[len(args)]
             args.append(self.node.kwargs.get(filler.name, filler.default_value))
         args[i] = value
-        taken = {a.name for a in self.schema.arguments[: len(args)]}  # type: ignore[union-attr]
+        taken = {a.name for a in self.arguments[: len(args)]}
         self.node.args = tuple(args)
         self.node.kwargs = {k: v for k, v in self.node.kwargs.items() if k not in taken}
 
@@ -213,7 +219,7 @@ def _opaque(call: Call) -> Spec:
             found.extend((name, i) for i, x in enumerate(item) if isinstance(x, fx.Node))
 
     for i, item in enumerate(call.node.args):
-        visit(call.schema.arguments[i].name if call.schema else i, item)
+        visit(call.arguments[i].name if call.schema else i, item)
     if call.schema:
         for key, item in call.node.kwargs.items():
             visit(key, item)
@@ -228,8 +234,12 @@ def _load_families() -> None:
 
 def native_name(node: fx.Node) -> str:
     """``"aten.conv2d.default"`` or ``"operator.mul"``: what Node.origin says."""
-    target = node.target
-    return str(target) if isinstance(target, torch._ops.OpOverload) else packet(node)
+    return _native_name(node.target)
+
+
+@cache
+def _native_name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else packet_of(target)
 
 
 TENSOR_OVERLOADS = ("Tensor", "Tensor_Tensor", "self", "default")

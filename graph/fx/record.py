@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .functional import make_functional
 from .shortcuts import shortcut
 from .tensors import storage_key
-from .trace import Capture, module_tensors, structural_copy
+from .trace import Capture, copied_with, module_tensors
 
 aten = torch.ops.aten
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
@@ -113,7 +114,7 @@ class _Tape(SchemaCheckMode):
                 self.weights[id(meta)] = (name, kind, t)
             replace[key] = meta
         try:
-            twin = structural_copy(module, replace)
+            twin = copied_with(module, replace)
         except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
             raise CannotRecord(f"the module cannot be copied ({error})") from error
         self.keep = list(same.values())  # ids stay unique while the tensors live
@@ -140,7 +141,7 @@ class _Tape(SchemaCheckMode):
         for leaf, name in zip(flat, names, strict=True):
             node = self.graph.placeholder(name)
             if isinstance(leaf, torch.Tensor):
-                leaf = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+                leaf = _meta(leaf)
                 setattr(leaf, _NODE, node)
             node.meta["val"] = leaf
             out.append(leaf)
@@ -165,11 +166,12 @@ class _Tape(SchemaCheckMode):
             self.keep.append(tensor)
         name, kind, original = known
         if name not in self.made:
+            plain = name.replace(".", "_")
             if self.first is None:
-                node = self.graph.create_node("get_attr", name)
+                node = self.graph.create_node("get_attr", name, name=plain)
             else:
                 with self.graph.inserting_before(self.first):
-                    node = self.graph.create_node("get_attr", name)
+                    node = self.graph.create_node("get_attr", name, name=plain)
             node.meta["val"] = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
             self.made[name] = node
             self.tensors[name] = (original, kind)
@@ -190,7 +192,7 @@ class _Tape(SchemaCheckMode):
             if func in _SIZES:
                 return out
             raise CannotRecord(f"{func} gave {type(out).__name__}: tensor data in Python")
-        node = self.graph.create_node("call_function", func, *given)
+        node = self.graph.create_node("call_function", func, *given, name=_plain_name(func))
         self.first = self.first or node
         node.meta = {"val": _described(out), "nn_module_stack": self._stack(), "line": _user_frame()}
         if isinstance(out, torch.Tensor):
@@ -230,6 +232,17 @@ _RESHAPING_IN_PLACE = {
     for overload in getattr(aten, name).overloads()
 }
 _SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
+
+
+def _meta(t: torch.Tensor) -> torch.Tensor:
+    """A new meta tensor of the same shape, strides and dtype."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+@cache
+def _plain_name(func: Any) -> str:
+    """What torch.export calls a node of this op."""
+    return str(func.overloadpacket.__name__).strip("_")
 
 
 def _item(graph: fx.Graph, node: fx.Node, i: int, part: torch.Tensor) -> fx.Node:

@@ -25,8 +25,9 @@ def _like(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def _in_place(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return x
+def _in_place(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    others = [a.shape for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    return x if all(shape == x.shape for shape in others) else None
 
 
 def _contiguous_like(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -66,24 +67,64 @@ def _channels_last(*tensors: torch.Tensor) -> bool:
     return any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in tensors)
 
 
+def _unary(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _like(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+
+
+def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    return _unary(x) if dtype in (None, x.dtype) else None
+
+
+def _binary(x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return None
+    if not isinstance(y, torch.Tensor):
+        return _like(x) if isinstance(y, (int, float)) else None
+    same = x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
+    return _like(x) if same else None
+
+
+def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    if dim is None or kwargs or not x.is_floating_point():
+        return None
+    gone = {d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim])} or set(range(x.ndim))
+    shape = [1 if i in gone else s for i, s in enumerate(x.shape) if keepdim or i not in gone]
+    return torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _rules(table: dict[str, Rule], in_place: bool = False) -> dict[Any, Rule]:
+    """Rules by overload, for every default or tensor overload of the named packets (and their in-place twins)."""
+    found: dict[Any, Rule] = {}
+    for names, rule in table.items():
+        for name in names.split():
+            for overload in getattr(aten, name).overloads():
+                if overload in ("default", "Tensor", "Scalar", "int", "dim"):
+                    found[getattr(getattr(aten, name), overload)] = rule
+            twin = getattr(aten, f"{name}_", None) if in_place else None
+            if twin is not None:
+                found |= {getattr(twin, o): _in_place for o in twin.overloads() if o in ("default", "Tensor", "Scalar")}
+    return found
+
+
 _RULES: dict[Any, Rule] = {
-    aten.batch_norm.default: _like,
-    aten.hardswish.default: _like,
-    aten.hardsigmoid.default: _like,
-    aten.hardswish_.default: _in_place,
-    aten.hardsigmoid_.default: _in_place,
-    aten.relu_.default: _in_place,
-    aten.silu_.default: _in_place,
-    aten.hardtanh.default: _like,
-    aten.hardtanh_.default: _in_place,
-    aten.relu6.default: _like,
-    aten.relu6_.default: _in_place,
-    aten.mish.default: _like,
-    aten.layer_norm.default: _contiguous_like,
-    aten.dropout.default: _dropout,
-    aten.conv1d.default: _conv,
-    aten.conv2d.default: _conv,
-    aten.conv3d.default: _conv,
+    **_rules(
+        {
+            "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh exp erf "
+            "softplus sqrt rsqrt neg abs sin cos log": _unary,
+            "add sub mul div": _binary,
+        },
+        in_place=True,
+    ),
+    **_rules(
+        {
+            "batch_norm": _like,
+            "layer_norm": _contiguous_like,
+            "dropout": _dropout,
+            "conv1d conv2d conv3d": _conv,
+            "mean": _mean,
+            "softmax log_softmax": _softmax,
+        }
+    ),
 }
 """Errors of shape are torch's to report: a rule returns None unless the operands fit."""
 

@@ -68,7 +68,7 @@ _ATOMS = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.dev
 
 def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> None:
     kind = type(item)
-    if kind in _ATOMS:
+    if kind in _ATOMS or kind is OrderedDict and not item:
         return
     if isinstance(item, torch.Tensor):
         found[id(item)] = item
@@ -84,16 +84,19 @@ def module_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor a module tree holds (parameters, buffers, plain attributes), by id."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        _tensors_in(module.__dict__, found)
+        for item in module.__dict__.values():
+            _tensors_in(item, found, 1)
     return found
 
 
 def structural_copy(model: nn.Module, replace: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
     """A deep copy of the module tree that shares its tensors, except where ``replace`` (by id) gives another one."""
-    memo: dict[int, Any] = module_tensors(model) if replace is None else dict(replace)
-    if replace is not None:
-        memo = {**module_tensors(model), **memo}
-    copied: nn.Module = _copy(model, memo)
+    return copied_with(model, {**module_tensors(model), **(replace or {})})
+
+
+def copied_with(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
+    """A deep copy of the module tree that holds ``tensors``, by id, for all those of :func:`module_tensors`."""
+    copied: nn.Module = _copy(model, dict(tensors))
     return copied
 
 
@@ -107,6 +110,8 @@ def _copy(item: Any, memo: dict[int, Any]) -> Any:
         return known
     if kind in (dict, OrderedDict):
         made: Any = kind()
+        if not item:
+            return made
         memo[id(item)] = made
         for k, v in item.items():
             made[_copy(k, memo)] = _copy(v, memo)

@@ -147,19 +147,17 @@ class FXView(Graph):
         name = str(node.target)
         tensor = self.tensors[name]
         value = self._new_value(node, value_name)
-        weight = Weight(
-            name,
-            tuple(tensor.shape),
-            dtype_name(tensor.dtype),
-            self.kinds[name],
-            lambda: frozen(to_numpy(self.tensors[name], name)),
-            self.alias_names.get(name, (name,)),
-            value,
-            bool(tensor.requires_grad and self.kinds[name] == "parameter"),
-        )
-        value.weight = weight
-        self.weights[name] = weight
+        trainable = bool(tensor.requires_grad and self.kinds[name] == "parameter")
+        self.weights[name] = self._weight(name, value, tuple(tensor.shape), dtype_name(tensor.dtype), trainable)
         return value
+
+    def _weight(self, name: str, value: Value, shape: tuple[int, ...], dtype: str, trainable: bool) -> Weight:
+        def load() -> np.ndarray:
+            return frozen(to_numpy(self.tensors[name], name))
+
+        kind, aliases = self.kinds[name], self.alias_names.get(name, (name,))
+        value.weight = Weight(name, shape, dtype, kind, load, aliases, value, trainable)
+        return value.weight
 
     def _new_node(self, node: fx.Node, unique: Any, names: dict[fx.Node, str], at: int | None = None) -> Node:
         made = Node(
@@ -338,14 +336,42 @@ class FXView(Graph):
         self.alias_names, self.changed = dict(like.alias_names), set(like.changed)
         self.sizes, self.notes, self.name = dict(like.sizes), list(like.notes), like.name
         self.in_spec, self.out_spec, self.mode = like.in_spec, like.out_spec, like.mode
-        self._build({env[n]: v.name for n, v in like._value_of.items()})
+        self._copy_view(like, env)
         self._seen_used = set(like._seen_used)
         self._dirty = {env[n] for n in like._dirty if n in env}
         self.pristine, self.originals, self.loaded_names = like.pristine, like.originals, like.loaded_names
         self.given = set(like.given)
         self.kept, self.rewritten = {n: dict(axes) for n, axes in like.kept.items()}, like.rewritten
-        for node, old in zip(self.nodes, like.nodes, strict=True):
-            node.name, node.scope, node.location = old.name, old.scope, old.location
+
+    def _copy_view(self, like: FXView, env: dict[fx.Node, fx.Node]) -> None:
+        """The canonical nodes and values over the copied fx graph; nothing is read anew."""
+        twins: dict[int, Value] = {}
+        for v in [*like.values.values(), *like._value_of.values()]:
+            if id(v) in twins:
+                continue
+            native = None if v.native is None else env[v.native]
+            twin = Value(v.name, v.shape, v.hint, v.dtype, index=v.index, literal=v.literal, native=native)
+            twin.is_input, twin.is_output = v.is_input, v.is_output
+            twins[id(v)] = twin
+        for v in like._value_of.values():
+            self._value_of[env[v.native]] = twins[id(v)]
+        self.values = {name: twins[id(v)] for name, v in like.values.items()}
+        self.inputs, self.outputs = [twins[id(v)] for v in like.inputs], [twins[id(v)] for v in like.outputs]
+        for name, w in like.weights.items():
+            value = twins[id(w.value)]
+            self.weights[name] = self._weight(name, value, w.shape, w.dtype, w.trainable)
+
+        def twin_of(v: Value | None) -> Value | None:
+            return None if v is None else twins[id(v)]
+
+        for n in like.nodes:
+            outputs = [twins[id(v)] for v in n.outputs]
+            made = Node(n.name, n.op, [twin_of(v) for v in n.inputs], outputs, dict(n.attrs))
+            made.dynamic, made.captured = [twins[id(v)] for v in n.dynamic], [twins[id(v)] for v in n.captured]
+            made.scope, made.origin, made.location, made.native = n.scope, n.origin, n.location, env[n.native]
+            self._node_of[made.native] = made
+            self.nodes.append(made)
+        self._relink()
 
     # ---- calls ------------------------------------------------------------------------------------------------
     def bind_tensors(self, batch: Any) -> dict[str, torch.Tensor]:

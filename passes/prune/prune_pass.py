@@ -119,7 +119,7 @@ class Prune(Pass):
         return weights_only and counted and self.data is None and self.calibration is None
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        graph.separate_shared()
+        separated = graph.separate_shared()
         groups = axis_groups(graph)
         decisions: list[Decision] = []
         chosen = candidates(groups, self.ignore, self.atoms, decisions, self.ignore_types)
@@ -145,7 +145,7 @@ class Prune(Pass):
             )
         kind_of = kinds(groups)
         oracle = identity_check(groups, cut, ctx.seed) if ctx.verify else None
-        before = graph.clone()
+        before = graph.clone() if separated or ctx.untouched is None else ctx.untouched
         plan = select(groups, cut)
         remember(ctx, before, plan)
         if oracle is not None:
