@@ -88,7 +88,7 @@ class LinearOp:
         if self.node.op == "linear":
             rows = x.reshape(-1, x.shape[-1])
             return (rows if picks is None else rows[picks]).double()[None]
-        windows = self._windows(x, out)
+        windows = self.windows(x, out)
         n = windows.dim() // 2 - 1  # [B, C, o..., k...]
         spatial = windows.shape[2 : 2 + n]
         count = windows.shape[0] * math.prod(spatial)
@@ -97,7 +97,7 @@ class LinearOp:
         rows = windows.movedim(1, 1 + n)[index]  # [R, C, k...]
         return rows.double().flatten(1).unflatten(1, (self.groups, -1)).transpose(0, 1)
 
-    def _windows(self, x: Tensor, out: Tensor) -> Tensor:
+    def windows(self, x: Tensor, out: Tensor) -> Tensor:
         """Every window of the padded input, as a view [B, C, o..., k...]."""
         attrs, w = self.node.attrs, self.weight.weight
         assert w is not None
@@ -120,8 +120,8 @@ class LinearOp:
         return x
 
 
-def linear_op(node: Node) -> LinearOp | str:
-    """The node as rows and columns, or the reason why it is not treated so."""
+def linear_op(node: Node, shared: bool = False) -> LinearOp | str:
+    """The node as rows and columns, or the reason why it is not treated so; ``shared`` weights only to be read."""
     if node.op not in LINEAR:
         return f"{node.op} is not treated as rows times columns"
     weight = node.inputs[1]
@@ -129,7 +129,7 @@ def linear_op(node: Node) -> LinearOp | str:
         return "its weight is computed at run time"
     if not weight.weight.dtype.startswith(("float", "bfloat")):
         return f"its weight is {weight.dtype}"
-    if len({n.name for n, _ in weight.uses}) > 1 or weight.is_output:
+    if not shared and (len({n.name for n, _ in weight.uses}) > 1 or weight.is_output):
         return "its weight is shared with another operator"
     if len(weight.weight.shape) != (2 if node.op == "linear" else node.inputs[0].rank):  # type: ignore[union-attr]
         return "its weight has an unusual rank"

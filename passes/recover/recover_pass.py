@@ -10,6 +10,7 @@ from pydantic import Field
 from ...graph.errors import ConstraintError
 from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass
+from .absorb import absorb
 from .walk import Settings, walk
 
 
@@ -32,6 +33,9 @@ class Recover(Pass):
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         if ctx.reference is None:
             raise ConstraintError("nothing was pruned", node=self.name)
+        if self.data == "moments":
+            found = absorb(graph, ctx.reference, 1e-3 if self.ridge == "auto" else self.ridge)
+            return Outcome(decisions=found.decisions)
         s = Settings(self.ridge, self.rows, self.sums, self.norms, ctx.seed, ctx.progress)
         found = walk(graph, ctx.reference, self.batches(ctx), s)
         return Outcome(decisions=found.decisions)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from collections import ChainMap
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,20 +29,21 @@ class Runner(ABC):
 
     Attributes:
         at: number of calls made.
-        calls: (reads, writes) of each call, as native keys.
+        calls: (reads, writes) of each call, as native keys; ``order`` is the order in which they are made.
         stored: current tensor of each weight, by native key.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, heavy: Container[str] = ()) -> None:
         self.graph = graph
         self.at = 0
         self.calls: list[tuple[list[Hashable], list[Hashable]]] = []
         self.stored: dict[Hashable, Any] = {}
         self.envs: list[dict[Hashable, Any]] = []
         self._compile()
+        self.order = _schedule(self.calls, {k for n in graph.nodes if n.op in heavy for v in n.outputs if (k := self.key(v))})
         self._last: dict[Hashable, int] = {}
         self._writer: dict[Hashable, int] = {}
-        for i, (reads, writes) in enumerate(self.calls):
+        for i, (reads, writes) in enumerate(self.calls[k] for k in self.order):
             self._last.update(dict.fromkeys([*reads, *writes], i))
             self._writer.update({key: i for key in writes})
         self._dying: dict[int, list[Hashable]] = {}
@@ -89,13 +91,13 @@ class Runner(ABC):
                 for env in self.envs:
                     env.pop(key, None)
             for env in self.envs:
-                self._call(self.at, env)
+                self._call(self.order[self.at], env)
             self.at += 1
 
     def repeat(self) -> None:
         """Make the last call again, after a weight it reads has changed."""
         for env in self.envs:
-            self._call(self.at - 1, env)
+            self._call(self.order[self.at - 1], env)
 
     def values(self, value: Value) -> list[Any] | None:
         """The tensor of a value in each batch, or None where it is not alive."""
@@ -127,8 +129,9 @@ class FXRunner(Runner):
         self._nodes: list[Any] = []
         for node in self.graph.fx.nodes:
             if node.op == "get_attr":
-                held = {**self.graph.submodules, **self.graph.tensors}
-                self.stored[node] = held[str(node.target)]
+                name = str(node.target)
+                found: Any = self.graph.submodules.get(name, self.graph.tensors.get(name))
+                self.stored[node] = found.detach() if isinstance(found, Tensor) else found
             elif node.op == "call_function":
                 self._nodes.append(node)
                 self.calls.append((list(node.all_input_nodes), [node]))
@@ -183,7 +186,7 @@ class ONNXRunner(Runner):
             reads: list[Hashable] = [n for n in step.inputs if n]
             for attr in step.attrs.values():
                 if isinstance(attr, Program):
-                    reads += sorted({n for s in attr.steps for n in s.inputs if n} | set(attr.outputs))
+                    reads += sorted({n for s in attr.steps for n in s.inputs if n} | set(attr.outputs) | attr._captured())
             self.calls.append((reads, [n for n in step.outputs if n]))
 
     def key(self, value: Value) -> Hashable:
@@ -211,17 +214,44 @@ class ONNXRunner(Runner):
                 env[name] = result
 
 
-def runner(graph: Graph) -> Runner:
-    """The runner of a graph.
+def _schedule(calls: list[tuple[list[Hashable], list[Hashable]]], heavy: set[Hashable]) -> list[int]:
+    """An order of the calls in which each one whose operands are there precedes the heavy ones.
+
+    So the skip of a residual block is there when the last heavy call of the branch is made, wherever the model's
+    author put the line that computes it.
+    """
+    writer = {key: i for i, (_, writes) in enumerate(calls) for key in writes}
+    late = [any(key in heavy for key in writes) for _, writes in calls]
+    needs = [{writer[k] for k in reads if k in writer} for reads, _ in calls]
+    readers: dict[int, list[int]] = {}
+    for i, sources in enumerate(needs):
+        for j in sources:
+            readers.setdefault(j, []).append(i)
+    waiting = [len(n) for n in needs]
+    ready = [(late[i], i) for i, n in enumerate(waiting) if not n]
+    heapq.heapify(ready)
+    order: list[int] = []
+    while ready:
+        i = heapq.heappop(ready)[1]
+        order.append(i)
+        for j in readers.get(i, ()):
+            waiting[j] -= 1
+            if not waiting[j]:
+                heapq.heappush(ready, (late[j], j))
+    return order
+
+
+def runner(graph: Graph, heavy: Container[str] = ()) -> Runner:
+    """The runner of a graph; nodes of the ``heavy`` ops are executed as late as their readers allow.
 
     Raises:
         UnsupportedOp: an ONNX operator has no torch implementation; names the node.
         ConstraintError: the graph is of neither front end.
     """
-    kinds: dict[str, Callable[[Any], Runner]] = {"fx": FXRunner, "onnx": ONNXRunner}
+    kinds: dict[str, Callable[..., Runner]] = {"fx": FXRunner, "onnx": ONNXRunner}
     if graph.kind not in kinds:
         raise ConstraintError("only torch and ONNX graphs can be recovered", node=graph.name, found=graph.kind)
-    return kinds[graph.kind](graph)
+    return kinds[graph.kind](graph, heavy)
 
 
 def bound(graph: Graph, batches: Iterable[Any]) -> list[dict[str, Any]]:

@@ -60,6 +60,13 @@ class Kept:
         self._resize = Resize(groups.analysis, {g.atom: k for g, k in chosen.items()})
         self._values = groups.graph.values
 
+    def positions(self, value: Value | None, axis: int) -> np.ndarray | None:
+        """The positions kept along one axis of an original value; None where all of them were."""
+        own = None if value is None else self._values.get(value.name)
+        if own is None or own not in self._resize.analysis.spaces or not self._resize.touched(own, axis):
+            return None
+        return self._resize.kept(own, axis)
+
     def take(self, value: Value, tensor: Tensor) -> Tensor:
         """The original's tensor of a value, cut to what was kept of it."""
         own = self._values[value.name]
@@ -106,7 +113,7 @@ def check_same_layers(graph: Graph, original: Graph) -> None:
 class _Walker:
     def __init__(self, graph: Graph, original: Graph, kept: Kept, settings: Settings) -> None:
         self.graph, self.original, self.kept, self.settings = graph, original, kept, settings
-        self.here, self.there = runner(graph), runner(original)
+        self.here, self.there = runner(graph, LINEAR), runner(original, LINEAR)
         self.twins = {n.name: n for n in original.nodes}
         self.found = Walk()
 
@@ -114,6 +121,7 @@ class _Walker:
         self.here.start(batches)
         self.there.start(batches)
         treated = [n for n in self.graph.nodes if n.op in (*LINEAR, *NORM_GAINS, *UNSUPPORTED, "batch_norm")]
+        treated.sort(key=lambda n: -1 if (at := self.here.position(n)) is None else at)
         for node in self.settings.progress(treated, "recovering"):
             self._visit(node)
         return self.found
