@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .lower import Lower
     from .pipeline import Pipeline
     from .prune import Prune
+    from .prune.pat import FoldLinearOp, InsertLinearOp, SharedMask
     from .prune.regularize import Cut, regularize
     from .prune.reinitialize import Reinitialize
     from .prune.schedule import PruneIteratively
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     cut: Callable[..., Result]
     finetune: Callable[..., Result]
     fold: Callable[..., Result]
+    fold_linear_op: Callable[..., Result]
+    insert_linear_op: Callable[..., Result]
     lower: Callable[..., Result]
     prune: Callable[..., Result]
     prune_iteratively: Callable[..., Result]
@@ -44,6 +47,8 @@ __all__ = [
     "Decision",
     "FineTune",
     "Fold",
+    "FoldLinearOp",
+    "InsertLinearOp",
     "Lower",
     "Needs",
     "Outcome",
@@ -57,11 +62,14 @@ __all__ = [
     "Report",
     "Result",
     "Select",
+    "SharedMask",
     "as_function",
     "cut",
     "finetune",
     "fold",
+    "fold_linear_op",
     "get",
+    "insert_linear_op",
     "lower",
     "names",
     "prune",
@@ -71,6 +79,7 @@ __all__ = [
     "regularize",
     "reinitialize",
     "select",
+    "shared_mask",
 ]
 
 _HOME = {

@@ -86,6 +86,8 @@ def _assign(g: ONNXGraph, weight: Weight, tensor: ir.TensorProtocol) -> None:
 
 def add_weight(g: ONNXGraph, name: str, data: np.ndarray, *, trainable: bool = False) -> Value:
     native = new_constant(g, name, np.asarray(data))
+    if not trainable and np.asarray(data).dtype.kind == "f":
+        native.metadata_props[onnx_load.KIND] = "BUFFER"  # or it would come back from a clone as a parameter
     value = g.constant_of(native, operand=True)
     if value.weight is not None:
         value.weight.trainable = trainable
