@@ -182,7 +182,7 @@ class Analysis:
         inputs = [v for v in node.inputs if v is not None]
         if (
             inputs
-            and not node.dynamic
+            and (not node.dynamic or node.op == "expand")  # repeated as often as the batch asks: the same data
             and all(v in self.constant for v in inputs)
             and node.op not in ("random", "dropout")
         ):

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from .clean import clean
 from .edit import FXEdits
 from .functional import Pure
+from .hf_config import update_configs
 from .modes import graph_module
 from .module import write_back
 from .ops import known
@@ -88,7 +89,7 @@ class FXGraph(FXEdits):
 
     def to_model(self) -> nn.Module:
         """The caller's own module class where it can express the edits, else a GraphModule (``notes`` says why)."""
-        return write_back(self)
+        return update_configs(self, write_back(self))
 
 
 __all__ = ["FXGraph", "from_numpy", "load_torch", "to_numpy"]

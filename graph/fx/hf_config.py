@@ -1,13 +1,31 @@
-"""Configurations that models are built from (as transformers' are): found by what they offer, read and changed."""
+"""Configurations that models are built from (as transformers' are): which entries say the sizes, by evidence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import combinations, product
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .patch import SizeChanges
+
+if TYPE_CHECKING:
+    from .view import FXView
+
+Entries: TypeAlias = dict[str, int | None]
+Misfit: TypeAlias = tuple[int, int]
+"""How many axes of tensors, and how many integer attributes of modules, are not as wanted."""
+
+_MAX_BUILDS = 96
+_NEVER: Misfit = (1 << 30, 1 << 30)
 
 
+# ---- configurations as data ----------------------------------------------------------------------------------------
 def is_config(item: Any) -> bool:
     """Whether an object is a configuration: it tells its entries as data and can be written for ``from_pretrained``."""
     return callable(getattr(item, "to_dict", None)) and callable(getattr(item, "save_pretrained", None))
@@ -23,9 +41,9 @@ def configs(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, config
 
 
-def integer_entries(config: Any) -> dict[str, int | None]:
+def integer_entries(config: Any) -> Entries:
     """Entries of a configuration that hold an integer or nothing yet; those of inner configurations dotted."""
-    found: dict[str, int | None] = {}
+    found: Entries = {}
     for name, value in vars(config).items():
         if name.startswith("_"):
             continue
@@ -42,3 +60,281 @@ def set_entry(config: Any, name: str, value: int | None) -> None:
     for part in path:
         config = getattr(config, part)
     setattr(config, leaf, value)
+
+
+def sizes_of(m: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of one module that hold an integer or a short list of them."""
+    for name, value in vars(m).items():
+        if name.startswith("_") or name == "training":
+            continue
+        if type(value) is int or (
+            type(value) in (list, tuple, torch.Size) and len(value) <= 16 and all(type(v) is int for v in value)
+        ):
+            yield name, value
+
+
+# ---- after a change of sizes ---------------------------------------------------------------------------------------
+def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
+    """Bring the configurations in a written-back module in line with its new sizes, where they can say them.
+
+    For every submodule that is built from its configuration alone and can be saved with it: the entries that drive
+    sizes are found by building the class from changed configurations, parameters on the meta device, until all
+    tensors have the shapes wanted; the model so built, with the twin's weights, must then compute the same. Where no
+    configuration says the sizes (other widths per layer), it is left as it was and ``graph.notes`` says so.
+    """
+    if isinstance(twin, fx.GraphModule) or not any(True for _ in configs(twin)):
+        return twin
+    changed = {
+        alias
+        for name, w in graph.weights.items()
+        if name in graph.originals and tuple(graph.originals[name].shape) != w.shape
+        for alias in w.aliases
+    }
+    changes = SizeChanges(graph)
+    done: list[str] = []
+    for path, m in twin.named_modules():
+        prefix = f"{path}." if path else ""
+        if not _buildable(m) or any(path == d or path.startswith(f"{d}.") or d == "" for d in done):
+            continue
+        done.append(path)
+        if any(name.startswith(prefix) for name in changed):
+            note = _Fit(graph, changes, twin, path, m).run()
+            if note and note not in graph.notes:
+                graph.notes.append(note)
+    return twin
+
+
+def _buildable(m: nn.Module) -> bool:
+    return is_config(vars(m).get("config")) and callable(getattr(m, "save_pretrained", None))
+
+
+class _Fit:
+    """The search for the entries of one submodule's configuration."""
+
+    def __init__(self, graph: FXView, changes: SizeChanges, twin: nn.Module, path: str, m: nn.Module) -> None:
+        self.graph, self.twin, self.path, self.module = graph, twin, path, m
+        self.config = m.config
+        self.entries = integer_entries(self.config)
+        self.shapes = _shapes(m)
+        self.sizes = _all_sizes(m)
+        self.known: dict[tuple[tuple[str, int | None], ...], tuple[Misfit, nn.Module | None]] = {}
+        self.evidence = self._evidence(changes)
+
+    def run(self) -> str:
+        """Change the configuration; returns a note where that is not possible."""
+        name = type(self.config).__name__
+        found = self._search()
+        (tensors, _), built = self._build(found)
+        if built is None:
+            return f"{name} stays as it was: {type(self.module).__name__} cannot be built from it"
+        if tensors:
+            wrong = next(n for n, s in self.shapes.items() if _shapes(built).get(n) != s)
+            return (
+                f"{name} stays as it was, because no values of it give the pruned widths (e.g. {wrong}: "
+                f"{list(self.shapes[wrong])}): load the result with fl.load_pruned, or prune with equal=True (equal "
+                "widths over layers) and leave whole, or cut alike, what the configuration ties together"
+            )
+        reasons = []
+        for tried in self._alike(found):
+            reasons.append(self._verify(tried))
+            if not reasons[-1]:
+                return ""
+        return f"{name} stays as it was: {reasons[0]}; load the result with fl.load_pruned"
+
+    # ---- search --------------------------------------------------------------------------------------------------
+    def _evidence(self, changes: SizeChanges) -> dict[int, list[int]]:
+        """Old size -> sizes that took its place in this submodule, the most widespread first."""
+        prefix, votes = f"{self.path}." if self.path else "", {}
+        for table in (changes.attrs, changes.shapes):
+            for scope, evidence in table.items():
+                if scope == self.path or scope.startswith(prefix):
+                    for old, new in evidence.items():
+                        for size in new - {old}:
+                            counts: dict[int, int] = votes.setdefault(old, {})
+                            counts[size] = counts.get(size, 0) + 1
+        return {old: sorted(c, key=lambda s: (-c[s], -s)) for old, c in votes.items()}
+
+    def _search(self) -> Entries:
+        options = {e: self.evidence[v] for e, v in self.entries.items() if v is not None and v in self.evidence}
+        best = min(({}, {e: o[0] for e, o in options.items()}), key=self._misfit)
+        best = self._descend(best, options, 1)
+        if self._misfit(best)[0]:
+            best = self._descend(best, options, 2)
+        if self._misfit(best)[0]:  # sizes that the configuration leaves to a default (4 x the width)
+            unset = {e: self._wanted(best, e) for e, v in self.entries.items() if v is None and e not in best}
+            best = self._descend(best, {e: o for e, o in unset.items() if o}, 1)
+        for entry in list(best):  # what only happens to hold an old size (a token id) stays as it was
+            without = {e: v for e, v in best.items() if e != entry}
+            if self._signature(without) == self._signature(best):
+                best = without
+        return best
+
+    def _alike(self, found: Entries) -> Iterator[Entries]:
+        """What was found, and what fits as well by all that can be seen without running the model."""
+        unclear = [
+            e
+            for e in self.entries
+            if self._misfit({n: v for n, v in found.items() if n != e}) <= self._misfit(found) and e in found
+        ]
+        for count in range(min(len(unclear), 3) + 1):
+            for left in combinations(unclear, count):
+                tried = {n: v for n, v in found.items() if n not in left}
+                if not self._misfit(tried)[0]:
+                    yield tried
+
+    def _signature(self, found: Entries) -> Any:
+        built = self._build(found)[1]
+        return None if built is None else (_shapes(built), _all_sizes(built))
+
+    def _descend(self, best: Entries, options: Mapping[str, list[int]], together: int) -> Entries:
+        """Change ``together`` entries at a time for as long as that brings the built model closer."""
+        improved = True
+        while improved and self._misfit(best) != (0, 0) and len(self.known) < _MAX_BUILDS:
+            improved = False
+            for names in combinations(options, together):
+                for values in product(*([self.entries[n], *options[n]] for n in names)):
+                    tried = {**best, **dict(zip(names, values, strict=True))}
+                    tried = {n: v for n, v in tried.items() if v != self.entries[n]}
+                    if len(self.known) < _MAX_BUILDS and self._misfit(tried) < self._misfit(best):
+                        best, improved = tried, True
+        return best
+
+    def _wanted(self, found: Entries, entry: str) -> list[int]:
+        """Sizes that may be missing: of an attribute of the entry's name, and of the axes that do not fit yet."""
+        leaf = entry.rpartition(".")[2]
+        named = [v for (_, k), v in self.sizes.items() if k == leaf and isinstance(v, int)]
+        built = self._build(found)[1]
+        have = {} if built is None else _shapes(built)
+        both = [(s, have[n]) for n, s in self.shapes.items() if len(have.get(n, ())) == len(s)]
+        axes = [w for s, h in both for w, other in zip(s, h, strict=True) if w != other]
+        return list(dict.fromkeys([*named, *axes]))[:4]
+
+    def _misfit(self, found: Entries) -> Misfit:
+        return self._build(found)[0]
+
+    def _build(self, found: Entries) -> tuple[Misfit, nn.Module | None]:
+        key = tuple(sorted(found.items()))
+        if key not in self.known:
+            built = self._built(found)
+            if built is None:
+                self.known[key] = _NEVER, None
+            else:
+                have = _shapes(built)
+                tensors = sum(_apart(s, have.get(n)) for n, s in self.shapes.items())
+                tensors += sum(len(s) + 1 for n, s in have.items() if n not in self.shapes)
+                now = _all_sizes(built)
+                self.known[key] = (tensors, sum(now.get(k) != v for k, v in self.sizes.items())), built
+        return self.known[key]
+
+    def _built(self, found: Entries) -> nn.Module | None:
+        config = copy.deepcopy(self.config)
+        try:
+            for name, value in found.items():
+                set_entry(config, name, value)
+            with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+                built: nn.Module = type(self.module)(config)
+                return built
+        except Exception:  # user code: a width that is no multiple of the heads, a class with other arguments
+            return None
+
+    # ---- proof ---------------------------------------------------------------------------------------------------
+    def _verify(self, found: Entries) -> str:
+        """Load the twin's weights into the built model, compare both on the example, and adopt its configuration."""
+        built = self._build(found)[1]
+        assert built is not None
+        state = self.module.state_dict()
+        if any(t.is_meta for t in [*state.values(), *pytree.tree_leaves(self._example()[0])] if torch.is_tensor(t)):
+            return "weights without data cannot be compared"
+        try:
+            built.load_state_dict(state, assign=True)
+        except RuntimeError as problem:
+            return f"its state dict differs ({str(problem).splitlines()[0]})"
+        call, before = self._outputs(self.module, None)
+        if call is None or not before:
+            return "the example inputs do not reach it"
+        _, after = self._outputs(built, call)
+        if not _same(before, after):
+            return "a model built from it computes something else (a scale or a table that depends on the sizes)"
+        old = {id(c): (c, integer_entries(c)) for _, c in configs(self.module)}
+        here = dict(built.named_modules())
+        for path, config in configs(self.module):
+            like = vars(here[path]).get("config") if path in here else None
+            if like is not None:
+                for name, value in integer_entries(like).items():
+                    if name.rpartition(".")[2] in {n.rpartition(".")[2] for n in found}:
+                        set_entry(config, name, value)
+        _, again = self._outputs(self.module, call)
+        if _same(before, again):
+            return ""
+        for config, entries in old.values():
+            for name, value in entries.items():
+                set_entry(config, name, value)
+        return "the module reads it when it runs"
+
+    def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.graph.source.args, self.graph.source.kwargs
+
+    def _outputs(self, m: nn.Module, call: Any) -> tuple[Any, list[torch.Tensor]]:
+        """(arguments, tensors of the output) of a submodule: called itself, or seen in a call of the whole model."""
+        seen: list[Any] = []
+        root = self.twin if call is None else m
+        args, kwargs = self._example() if call is None else call
+        hook = m.register_forward_hook(lambda _, a, k, out: seen.append(((a, k), out)), with_kwargs=True)
+        flags = [(s, s.training) for s in root.modules()]
+        try:
+            root.eval()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                root(*args, **kwargs)
+        except Exception as problem:  # user code; an output that cannot be had is no proof
+            if call is None:
+                raise
+            return None, [torch.tensor(float("nan"))] if problem else []
+        finally:
+            hook.remove()
+            for s, flag in flags:
+                s.training = flag
+        if not seen:
+            return None, []
+        tensors = [t for t in pytree.tree_leaves(seen[0][1]) if torch.is_tensor(t)]
+        return seen[0][0], [t.clone() for t in tensors]
+
+
+def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Bit for bit: the same operations on the same numbers; anything less may be another function that is close."""
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _all_sizes(m: nn.Module) -> dict[tuple[str, str], Any]:
+    return {(path, key): _plain(value) for path, s in m.named_modules() for key, value in sizes_of(s)}
+
+
+def _shapes(m: nn.Module) -> dict[str, tuple[int, ...]]:
+    named = [*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)]
+    return {n: tuple(t.shape) for n, t in named}
+
+
+def _apart(wanted: tuple[int, ...], have: tuple[int, ...] | None) -> int:
+    if have is None or len(have) != len(wanted):
+        return len(wanted) + 1
+    return sum(w != h for w, h in zip(wanted, have, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else tuple(value)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without data and buffers with it: cheap, and tables can be compared."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

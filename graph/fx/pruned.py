@@ -13,11 +13,10 @@ from torch import fx, nn
 from ..errors import ConfigError, ConstraintError, ModelFileError
 from ..holders import take
 from ..plans import Plan
-from .hf_config import configs, integer_entries, set_entry
+from .hf_config import configs, integer_entries, set_entry, sizes_of
 from .trace import structural_copy
 
 STRUCTURE = "structure.json"
-_LONGEST = 16
 
 
 def structure(module: nn.Module) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def structure(module: nn.Module) -> dict[str, Any]:
     modules = {}
     for path, m in module.named_modules():
         entry: dict[str, Any] = {"class": _kind(m)}
-        if sizes := dict(_sizes(m)):
+        if sizes := dict(sizes_of(m)):
             entry["sizes"] = {k: v if isinstance(v, int) else list(v) for k, v in sizes.items()}
         modules[path] = entry
     entries = {path: integer_entries(config) for path, config in configs(module)}
@@ -34,16 +33,6 @@ def structure(module: nn.Module) -> dict[str, Any]:
 
 def _kind(m: nn.Module) -> str:
     return "GraphModule" if isinstance(m, fx.GraphModule) else type(m).__qualname__
-
-
-def _sizes(m: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(m).items():
-        if name.startswith("_") or name == "training":
-            continue
-        if type(value) is int or (
-            type(value) in (list, tuple, torch.Size) and len(value) <= _LONGEST and all(type(v) is int for v in value)
-        ):
-            yield name, value
 
 
 def load_pruned(model: nn.Module, folder: str | Path, example_inputs: Any = None) -> nn.Module:

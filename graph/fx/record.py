@@ -94,6 +94,7 @@ class _Tape(SchemaCheckMode):
         self.weights: dict[int, tuple[str, str, torch.Tensor]] = {}
         self.made: dict[str, fx.Node] = {}
         self.first: fx.Node | None = None
+        self.fresh: dict[int, tuple[fx.Node, torch.Tensor]] = {}
         self.twin = self._on_meta(module)
 
     def _on_meta(self, module: nn.Module) -> nn.Module:
@@ -160,6 +161,9 @@ class _Tape(SchemaCheckMode):
         known = self.weights.get(id(tensor))
         if known is None:
             if tensor.is_meta:
+                made, out = self.fresh.get(tensor.untyped_storage()._cdata, (None, None))
+                if made is not None and out is not None and out.shape == tensor.shape:
+                    return made  # torch wraps what a factory made in a new tensor
                 raise CannotRecord("a tensor came from outside the recorded calls")
             known = (f"constant_{len(self.weights)}", "constant", tensor.detach())
             self.weights[id(tensor)] = known
@@ -197,6 +201,8 @@ class _Tape(SchemaCheckMode):
         node.meta = {"val": _described(out), "nn_module_stack": self._stack(), "line": _user_frame()}
         if isinstance(out, torch.Tensor):
             setattr(out, _NODE, node)
+            if not node.all_input_nodes:
+                self.fresh[out.untyped_storage()._cdata] = (node, out)
         else:
             for i, part in enumerate(out):
                 if isinstance(part, torch.Tensor):
