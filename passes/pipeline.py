@@ -159,6 +159,7 @@ class Pipeline:
             report.comparison = _overall(report, given, graph, inputs)
         plan = self._plan(plans, given, edited_first, report) if plans else None
         result_model = graph.to_model()
+        report.notes += [note for note in graph.notes if note not in report.notes]
         if inplace:
             result_model = put(model, result_model)
         return Result(model=result_model, graph=graph, report=report, pipeline=self, plan=plan, artifact=artifact)
