@@ -17,6 +17,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "insert_linear_op": (".prune.pat", "InsertLinearOp"),
     "shared_mask": (".prune.pat", "SharedMask"),
     "fold_linear_op": (".prune.pat", "FoldLinearOp"),
+    "insert_dynamic_channel_gate": (".prune.gate", "InsertDynamicChannelGate"),
     "reinitialize": (".prune.reinitialize", "Reinitialize"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),

@@ -220,6 +220,7 @@ def test_errors() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_transformers_models(kind: str) -> None:
+    stub_torchvision()
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     if kind == "llama":
         config = transformers.LlamaConfig(
