@@ -6,7 +6,7 @@ All sums run over samples, so no result depends on how the samples are batched o
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..graph.groups import AxisGroups
-from .gradients import Differentiable, Example, Loss, gradients, losses_of, no_samples
+from .gradients import Differentiable, Example, Loss, drawn_target, gradients, losses_of, no_samples
 from .sites import SampleAxis, Site, lots, sites_of, uses_as_matrix
 
 CHUNK = 1 << 26
@@ -24,8 +24,11 @@ CHUNK = 1 << 26
 
 def sample_gradients(
     groups: AxisGroups, weights: Iterable[str], data: Iterable[Example], loss: Loss = "cross_entropy", seed: int = 0
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields (weight name, gradients [samples in this portion, *shape]) until every sample of every weight came once.
+) -> Iterator[tuple[int, int, str, Tensor]]:
+    """Yields (first sample of the batch, first sample of this portion, weight name, gradients [samples, *shape]).
+
+    Samples are counted through all batches; one batch follows the other, and in it every weight comes with every
+    sample once.
 
     Weights that only linear nodes and convolutions use take one backward pass per batch, as products of inputs and
     output gradients (the gradient of a sample is their sum over its positions); the others take one per sample.
@@ -43,7 +46,7 @@ def sample_gradients(
     for example in data:
         outputs, values = function(example.inputs)
         losses = losses_of(outputs[0], example, loss, seed)
-        count = len(losses)
+        count, first = len(losses), seen
         seen += count
         made = {s.y.name: values[s.y.name] for found in sites.values() for s in found}
         grads = gradients(losses.sum(), made, retain_graph=True) if made else {}
@@ -53,12 +56,14 @@ def sample_gradients(
             if not pairs or any(p is None for p in pairs):
                 alone.append(name)
                 continue
+            at = first
             for part in _products([p for p in pairs if p is not None], tuple(function.leaves[name].shape)):
-                yield name, part
+                yield first, at, name, part
+                at += len(part)
         for n in range(count if alone else 0):
             mine = {name: function.leaves[name] for name in alone}
             for name, grad in gradients(losses[n], mine, retain_graph=n < count - 1).items():
-                yield name, grad[None]
+                yield first, first + n, name, grad[None]
     if not seen:
         raise no_samples()
 
@@ -173,22 +178,61 @@ def hessian_products(
     z = [{n: direction(p, n, t.detach()) for n, t in function.leaves.items()} for p in range(probes)]
     total = [{n: torch.zeros_like(t, dtype=torch.float64) for n, t in function.leaves.items()} for _ in range(probes)]
     samples = 0
+    twice = True
     # The fused attention kernels have no second derivative.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for example in data:
-            outputs, _ = function(example.inputs)
-            losses = losses_of(outputs[0], example, loss, seed)
+            losses = losses_of(function(example.inputs)[0][0], example, loss, seed)
             samples += len(losses)
-            first = gradients(losses.sum(), function.leaves, create_graph=True)
+            first = gradients(losses.sum(), function.leaves, create_graph=True) if twice else {}
             for p in range(probes):
-                along = sum(((first[n] * z[p][n]).sum() for n in first), torch.zeros(()))
-                for name, hz in gradients(along, function.leaves, retain_graph=True).items():
+                found: Mapping[str, Tensor] | None = _second(first, z[p], function.leaves) if twice else None
+                if found is None:
+                    twice = False
+                    found = _difference(function, example, z[p], loss, seed)
+                for name, hz in found.items():
                     total[p][name] += hz.detach()
     if not samples:
         raise no_samples()
     for p in range(probes):
         for name, hz in total[p].items():
             yield p, name, z[p][name], hz / samples
+
+
+def _second(
+    first: Mapping[str, Tensor], z: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """H z by differentiating the gradients; None where an operator has no second derivative (hard sigmoid)."""
+    along = sum(((first[n] * z[n]).sum() for n in first), torch.zeros(()))
+    try:
+        return gradients(along, leaves, retain_graph=True)
+    except (RuntimeError, NotImplementedError) as error:
+        if "not implemented" not in str(error):
+            raise
+        return None
+
+
+def _difference(
+    function: Differentiable, example: Example, z: Mapping[str, Tensor], loss: Loss, seed: int
+) -> dict[str, Tensor]:
+    """H z by a central difference of the gradients along z: a step of 1e-3 of the weights' size."""
+    leaves = function.leaves
+    before = {n: t.detach().clone() for n, t in leaves.items()}
+    size = float(sum(t.double().square().sum() for t in before.values()))
+    length = float(sum(t.double().square().sum() for t in z.values()))
+    step = 1e-3 * (size / max(length, 1e-300)) ** 0.5 or 1e-3
+    if example.target is None and isinstance(loss, str):  # the target must not move with the weights
+        output = function(example.inputs)[0][0]
+        example = Example(example.inputs, drawn_target(output, example.inputs, loss, seed))
+    ends: list[dict[str, Tensor]] = []
+    for sign in (1, -1):
+        for n, t in leaves.items():
+            t.data.copy_(before[n] + sign * step * z[n])
+        losses = losses_of(function(example.inputs)[0][0], example, loss, seed)
+        ends.append(gradients(losses.sum(), leaves))
+    for n, t in leaves.items():
+        t.data.copy_(before[n])
+    return {n: (ends[0][n].double() - ends[1][n].double()) / (2 * step) for n in leaves}
 
 
 def signs(seed: int, probe: int, key: str, size: int) -> np.ndarray:

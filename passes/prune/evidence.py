@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ from ...graph.errors import ConfigError
 from ...graph.groups import AxisGroup, AxisGroups, Member
 from ...graph.ir import Weight
 from ..base import Progress, no_progress
-from ..calibrate import Statistic, collect
-from .slabs import by_index, members_that_count
+from ..calibrate import S, collect
+from .slabs import by_index, members_that_count, removals
 
 if TYPE_CHECKING:
     from ..gradients import Example
@@ -85,23 +85,20 @@ class Evidence:
             if found is not None and iter(found) is found:
                 setattr(self, name, list(found))
 
-    def members(self) -> Iterator[tuple[AxisGroup, Member]]:
-        """The members that count of every judged group, floating ones only."""
-        for g in self.groups if self.judged is None else self.judged:
-            for m in members_that_count(g):
-                if m.weight.value is not None and m.weight.value.uses:
-                    yield g, m
+    def chosen(self) -> list[AxisGroup]:
+        """The groups that are judged."""
+        return list(self.groups) if self.judged is None else self.judged
 
     @cached_property
     def weights(self) -> list[Weight]:
-        """The weights of all judged members, each once, in graph order."""
-        return list(dict.fromkeys(m.weight for _, m in self.members()))
+        """The weights of all judged members that count, each once, in graph order."""
+        return list(dict.fromkeys(m.weight for g in self.chosen() for m in members_that_count(g) if _used(m.weight)))
 
     def _names(self) -> list[str]:
         return [w.name for w in self.weights]
 
     # ---- activations -------------------------------------------------------------------------------------------
-    def statistics(self, wanted: dict[str, Statistic]) -> dict[str, Statistic]:
+    def statistics(self, wanted: Mapping[str, S]) -> Mapping[str, S]:
         """Feeds the statistics (by value name) with the activations of one pass over the inputs, and returns them."""
         if wanted:
             collect(self.groups.graph, self.inputs(), wanted, progress=self.progress)
@@ -121,39 +118,47 @@ class Evidence:
         information (of the true one where the targets are drawn from the model), by weight name."""
         return self._per_sample[0]
 
-    def squared_slopes(self, g: AxisGroup, member: Member) -> np.ndarray:
-        """Mean over the samples of (sum over the slab of gradient * weight) squared, [size]: the Fisher information of
-        a gate on the slab."""
-        return self._per_sample[1][g, member.weight.name, member.axis]
+    def squared_slopes(self, g: AxisGroup) -> list[np.ndarray]:
+        """For each set of ``slabs.removals(g)`` the mean over the samples of (sum of gradient * weight over the slabs)
+        squared, [size]: the Fisher information of a gate on the index."""
+        return self._per_sample[1][g]
 
     @cached_property
-    def _per_sample(self) -> tuple[dict[str, np.ndarray], dict[tuple[AxisGroup, str, int], np.ndarray]]:
+    def _per_sample(self) -> tuple[dict[str, np.ndarray], dict[AxisGroup, list[np.ndarray]]]:
         import torch
 
         from ..sample_gradients import sample_gradients
 
-        members: dict[str, list[tuple[AxisGroup, Member]]] = {}
-        for g, m in self.members():
-            members.setdefault(m.weight.name, []).append((g, m))
+        parts = {(g, i): part for g in self.chosen() for i, part in enumerate(removals(g))}
+        places: dict[str, list[tuple[tuple[AxisGroup, int], Member]]] = {}
+        for key, part in parts.items():
+            for m in part:
+                places.setdefault(m.weight.name, []).append((key, m))
         values = {w.name: torch.from_numpy(_plain(w)) for w in self.weights}
-        squares = {w.name: torch.zeros(w.shape, dtype=torch.float64) for w in self.weights}
-        slopes = {(g, m.weight.name, m.axis): np.zeros(g.size) for g, m in self.members()}
-        seen = dict.fromkeys(squares, 0)
-        for name, grads in sample_gradients(self.groups, self._names(), self.examples(), self.loss, self.seed):
-            grads = grads.detach().cpu().float()
-            seen[name] += len(grads)
+        squares = {name: torch.zeros(v.shape, dtype=torch.float64) for name, v in values.items()}
+        slopes = {key: np.zeros(key[0].size) for key in parts}
+        batch: dict[tuple[AxisGroup, int], dict[int, np.ndarray]] = {key: {} for key in parts}
+        last, samples = 0, 0
+        for first, at, name, grads in sample_gradients(
+            self.groups, self._names(), self.examples(), self.loss, self.seed
+        ):
+            if first != last:
+                _flush(batch, slopes)
+                last = first
+            samples = max(samples, at + len(grads))
+            grads = grads.detach().cpu().to(values[name].dtype)
             squares[name] += torch.einsum("n...,n...->...", grads, grads)
-            product = grads.mul_(values[name])
-            for g, m in members[name]:
+            product = grads * values[name] if name in places else grads
+            for key, m in places.get(name, ()):
                 rest = tuple(i + 1 for i in range(len(m.weight.shape)) if i != m.axis)
-                along = product.sum(rest, dtype=torch.float64).numpy() if rest else product.double().numpy()
-                at = m.positions(g.atom)
-                for row in along:
-                    slopes[g, name, m.axis] += by_index(row, at, g.size) ** 2
-        return (
-            {name: (s / seen[name]).numpy() for name, s in squares.items()},
-            {key: s / seen[key[1]] for key, s in slopes.items()},
-        )
+                along = (product.sum(rest, dtype=torch.float64) if rest else product.double()).numpy()
+                for n, row in enumerate(by_index(along, m.positions(key[0].atom), key[0].size)):
+                    batch[key][at + n] = batch[key].get(at + n, 0) + row
+        _flush(batch, slopes)
+        gates: dict[AxisGroup, list[np.ndarray]] = {}
+        for (g, _), s in slopes.items():
+            gates.setdefault(g, []).append(s / samples)
+        return {name: (s / samples).numpy() for name, s in squares.items()}, gates
 
     @cached_property
     def hessian_diagonal(self) -> dict[str, np.ndarray]:
@@ -173,6 +178,18 @@ class Evidence:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+
+def _flush(batch: dict[Any, dict[int, np.ndarray]], slopes: dict[Any, np.ndarray]) -> None:
+    """Add the squares of a batch's slopes, complete now over all members, to the totals."""
+    for key, rows in batch.items():
+        for row in rows.values():
+            slopes[key] += row**2
+        rows.clear()
+
+
+def _used(weight: Weight) -> bool:
+    return weight.value is not None and bool(weight.value.uses)
 
 
 def _plain(weight: Weight) -> np.ndarray:

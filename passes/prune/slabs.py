@@ -26,6 +26,17 @@ def members_that_count(g: AxisGroup) -> list[Member]:
     return main or floating
 
 
+def removals(g: AxisGroup) -> list[list[Member]]:
+    """Sets of members each of which, set to zero, removes the index from the network.
+
+    All that read it are one set: zeroing what is read is what pruning does, while a zeroed row still leaves its bias
+    and the shift of a norm. Where no weight reads it (head dims of queries and keys), each of the others is one.
+    """
+    used = [m for m in members_that_count(g) if m.weight.value is not None and m.weight.value.uses]
+    read = [m for m in used if m.role == "consumes"]
+    return [read] if read else [[m] for m in used]
+
+
 def gains(g: AxisGroup) -> list[Member]:
     """Members that are the gain of a normalization."""
     return [
@@ -42,6 +53,13 @@ def slab_sums(g: AxisGroup, member: Member, elements: np.ndarray) -> np.ndarray:
 
 
 def by_index(along: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
-    """Sum of a vector's entries per group index: ``at`` says which index each stands for, -1 for none."""
-    valid = at >= 0
-    return np.bincount(at[valid], weights=along[valid], minlength=size).astype(np.float64)
+    """Sums of the entries of the last axis per group index, [..., size]: ``at`` says which each stands for, -1 for
+    none."""
+    order = np.argsort(at, kind="stable")[int((at < 0).sum()) :]
+    counts = np.bincount(at[order], minlength=size)
+    found = np.zeros((*along.shape[:-1], size))
+    present = np.nonzero(counts)[0]
+    if len(present):
+        starts = (np.cumsum(counts) - counts)[present]
+        found[..., present] = np.add.reduceat(along[..., order].astype(np.float64), starts, axis=-1)
+    return found
