@@ -151,6 +151,29 @@ class Backend(abc.ABC):
             BackendError: the target refuses or fails; it says what.
         """
 
+    def node_times(
+        self,
+        graph: Graph,
+        example_inputs: Any = None,
+        *,
+        runs: int = 20,
+        artifact: Artifact | None = None,
+        **options: Any,
+    ) -> dict[str, float]:
+        """Milliseconds that each node of the graph takes in one call on this target, by node name.
+
+        Args:
+            runs: profiled calls.
+            artifact: what :meth:`lower` made of this very graph, to spare a second lowering.
+            options: of :meth:`lower`.
+
+        Raises:
+            BackendError: the target tells no times of single nodes.
+        """
+        raise BackendError(
+            "this backend tells no times of single nodes", node=self.name, hint="choose another backend, or target MACs"
+        )
+
 
 @cache
 def _third_party() -> dict[str, EntryPoint]:

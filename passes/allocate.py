@@ -118,7 +118,9 @@ def _arrays(
         if cost.shape[1] != budgets:
             raise ConfigError("each level needs a cost per budget", node=name, expected=budgets, found=cost.shape[1])
         if not (np.isfinite(cost).all() and np.isfinite(loss).all()):
-            raise ConfigError("costs and losses must be finite", node=name, found=[tuple(level) for level in levels][:4])
+            raise ConfigError(
+                "costs and losses must be finite", node=name, found=[tuple(level) for level in levels][:4]
+            )
         costs.append(cost)
         losses.append(loss)
     return costs, losses

@@ -55,6 +55,10 @@ class BackendLike(Protocol):
 
     def lower(self, graph: Graph, example_inputs: Any = None, **options: Any) -> Any: ...
 
+    def node_times(
+        self, graph: Graph, example_inputs: Any = None, *, runs: int = 20, artifact: Any = None, **options: Any
+    ) -> dict[str, float]: ...
+
 
 BackendResolver: TypeAlias = Callable[[str], BackendLike]
 """Name of a target -> its backend. Injected by the pipeline's caller: passes know no concrete backend."""

@@ -31,7 +31,8 @@ def problems(draw: st.DrawFn, layers: int = 4, levels: int = 5, budgets: int = 1
     items = {
         f"layer{i}": [
             Level(
-                draw(whole) if budgets == 1 else tuple(draw(whole) for _ in range(budgets)), draw(st.integers(0, 50)) / 8
+                draw(whole) if budgets == 1 else tuple(draw(whole) for _ in range(budgets)),
+                draw(st.integers(0, 50)) / 8,
             )
             for _ in range(levels)
         ]

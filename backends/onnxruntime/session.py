@@ -64,6 +64,7 @@ def open_session(
     threads: int | None = None,
     optimized: Path | None = None,
     entries: dict[str, str] | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """An InferenceSession with all of ONNX Runtime's rewrites on.
 
@@ -73,6 +74,7 @@ def open_session(
         threads: inside one operator; the cores of this process when None.
         optimized: where to write the model as ONNX Runtime rewrote it.
         entries: session configuration entries by key.
+        profile: where to write the profile (a prefix), if one is to be taken.
 
     Raises:
         BackendError: ONNX Runtime refuses the model, with what it said.
@@ -87,6 +89,9 @@ def open_session(
     options.log_severity_level = 3
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     source: Any = str(model) if isinstance(model, Path) else serialized(model)

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ...graph.actions import mask, select
+from ...graph.actions import mask
 from ...graph.errors import ConstraintError
 from ...graph.execute import batches_of, run_graph, synthesize_inputs
-from ...graph.groups import AxisGroup, AxisGroups, axis_groups
+from ...graph.groups import AxisGroup, AxisGroups
 from ...graph.ir import Graph
 from ..allocate import Allocation, Level, Method, allocate
 from ..base import Progress, no_progress
 from .costs import Estimate
 from .importance import Scores
-from .select import Kept, keep_best
+from .select import Kept, cut_clone, keep_best
 from .widths import Widths
 
 RUNGS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -111,11 +111,7 @@ def trial(groups: AxisGroups, kept: Kept) -> Graph:
     """The graph with a selection applied: masked where that is the same thing, else a cut clone."""
     if all(g.exact for g in kept):
         return mask(groups, kept)
-    clone = groups.graph.clone()
-    twins = axis_groups(clone)
-    where = {g: i for i, g in enumerate(groups)}
-    select(twins, {twins.groups[where[g]]: k for g, k in kept.items()})
-    return clone
+    return cut_clone(groups, kept)
 
 
 def measure_levels(

@@ -7,7 +7,9 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from ...graph.groups import AxisGroup
+from ...graph.actions import select
+from ...graph.groups import AxisGroup, AxisGroups, axis_groups
+from ...graph.ir import Graph
 from .importance import Scores
 from .widths import Widths
 
@@ -97,3 +99,12 @@ def structure(g: AxisGroup) -> tuple[tuple[str, int, int, str], ...]:
         (n.op, i, m.axis, m.role) for m in g.members if m.weight.value is not None for n, i in m.weight.value.uses
     }
     return tuple(sorted(places))
+
+
+def cut_clone(groups: AxisGroups, kept: Kept) -> Graph:
+    """A clone of the graph with the selection applied."""
+    clone = groups.graph.clone()
+    twins = axis_groups(clone)
+    where = {g: i for i, g in enumerate(groups)}
+    select(twins, {twins.groups[where[g]]: k for g, k in kept.items() if len(k) < g.size})
+    return clone
