@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .lower import Lower
     from .pipeline import Pipeline
     from .prune import Prune
-    from .prune.pat import FoldLinearOp, InsertLinearOp, SharedMask
-    from .prune.regularize import Cut, regularize
-    from .prune.reinitialize import Reinitialize
+    from .prune.gate import InsertDynamicChannelGate, TopKFrequency, expected_macs
+    from .prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss
+    from .prune.regularize import Cut, absorb_removed, regularize
+    from .prune.reinitialize import Reinitialize, compare_with_scratch
     from .prune.schedule import PruneIteratively
     from .prune.select_pass import Select
     from .quantize import Quantize
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     finetune: Callable[..., Result]
     fold: Callable[..., Result]
     fold_linear_op: Callable[..., Result]
+    insert_dynamic_channel_gate: Callable[..., Result]
     insert_linear_op: Callable[..., Result]
     lower: Callable[..., Result]
     prune: Callable[..., Result]
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     recover: Callable[..., Result]
     reinitialize: Callable[..., Result]
     select: Callable[..., Result]
+    shared_mask: Callable[..., Result]
 
 __all__ = [
     "Context",
@@ -48,6 +51,7 @@ __all__ = [
     "FineTune",
     "Fold",
     "FoldLinearOp",
+    "InsertDynamicChannelGate",
     "InsertLinearOp",
     "Lower",
     "Needs",
@@ -63,12 +67,18 @@ __all__ = [
     "Result",
     "Select",
     "SharedMask",
+    "TopKFrequency",
+    "absorb_removed",
     "as_function",
+    "compare_with_scratch",
     "cut",
+    "expected_macs",
     "finetune",
     "fold",
     "fold_linear_op",
     "get",
+    "identity_loss",
+    "insert_dynamic_channel_gate",
     "insert_linear_op",
     "lower",
     "names",
@@ -86,7 +96,10 @@ _HOME = {
     **dict.fromkeys(["Context", "Contract", "Decision", "Needs", "Outcome", "Pass", "as_function"], ".base"),
     **dict.fromkeys(["get", "names"], ".registry"),
     "Pipeline": ".pipeline",
-    "regularize": ".prune.regularize",
+    **dict.fromkeys(["absorb_removed", "regularize"], ".prune.regularize"),
+    **dict.fromkeys(["TopKFrequency", "expected_macs"], ".prune.gate"),
+    "compare_with_scratch": ".prune.reinitialize",
+    "identity_loss": ".prune.pat",
     "Report": ".report",
     "Result": ".result",
 }

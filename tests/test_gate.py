@@ -108,7 +108,7 @@ def test_expected_macs_hold_on_inputs_not_seen(front: str) -> None:
     gates = gates_of(result.graph)
     for batch in fresh:
         _, seen = run_graph(result.graph, result.graph.bind(batch), [mask.name for _, mask in gates])
-        for (conv, mask), inner in zip(gates, (3, 12), strict=True):
+        for (_, mask), inner in zip(gates, (3, 12), strict=True):
             total += float(seen[mask.name].sum()) * inner * 9 * 64
         samples += 16
     heads = 3 * 12 + 12 * 10

@@ -13,6 +13,7 @@ from foldline import passes as P
 from foldline.graph.errors import ConstraintError
 from foldline.graph.execute import run_graph
 from foldline.passes.prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss
+from support import timm_models
 from support.frontends import exported
 from support.toys import toy
 from support.toys_attention import Mlp
@@ -220,8 +221,7 @@ def test_errors() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_transformers_models(kind: str) -> None:
-    stub_torchvision()
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = timm_models.transformers()
     if kind == "llama":
         config = transformers.LlamaConfig(
             vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

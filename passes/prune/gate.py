@@ -83,17 +83,11 @@ class InsertDynamicChannelGate(Pass):
     def _convs(self, graph: Graph) -> list[Node]:
         found, unused = [], set(self.layers)
         for node in graph.nodes:
-            x, weight = node.input(0), node.input(1)
-            if (
-                node.op != "conv"
-                or x is None
-                or x.rank is None
-                or x.rank < 3
-                or weight is None
-                or weight.weight is None
-            ):
+            x, value = node.input(0), node.input(1)
+            stored = None if value is None else value.weight
+            if node.op != "conv" or x is None or x.rank is None or x.rank < 3 or stored is None:
                 continue
-            names = [part for a in weight.weight.aliases for part in (a, a.rpartition(".")[0])]
+            names = [part for a in stored.aliases for part in (a, a.rpartition(".")[0])]
             hit = {p for p in self.layers if any(fnmatchcase(n, p) for n in names)}
             unused -= hit
             if hit and isinstance(_channels(node.output), int):
