@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...graph.ir import Node
+from ...graph.ir import Graph, Node
 from ..base import Decision, Reference
-from .layers import LINEAR, UNSUPPORTED, LinearOp, linear_op, shift_sink
+from .layers import LINEAR, LinearOp, followers, linear_op, own_vector, shift_sink
 from .moments import Moments, Propagation
 from .walk import Kept, Walk, check_same_layers
 
+MOST = 0.9
+"""Largest share of a channel's variance that counts as lost."""
 
-def absorb(graph: Any, reference: Reference, ridge: float) -> Walk:
+
+def absorb(graph: Graph, reference: Reference, ridge: float) -> Walk:
     """Correct ``graph`` in place: W' = W_S + W_R B and a shift, with B the regression of removed channels on kept
     ones under the propagated covariances, per consumer of a cut axis.
 
     With covariances of the form (channels x positions) the regression is the same at every tap of a kernel, so no
-    patch matrices are needed: memory is C^2 per layer.
+    patch matrices are needed: memory is C^2 per layer. Under a padded kernel the moments are taken about zero, so that
+    the map holds at the border too. The batch norm that follows gets the variance that is left. Kept channels count as
+    those of the original: errors of earlier layers are not modelled (a model of them overstates them, and shrinks).
     """
     original = reference.graph.clone()
     check_same_layers(graph, original)
@@ -31,18 +34,14 @@ def absorb(graph: Any, reference: Reference, ridge: float) -> Walk:
     with torch.no_grad():
         for twin in original.nodes:
             node = here.get(twin.name)
-            if node is not None and node.op in (*LINEAR, *UNSUPPORTED):
+            if node is not None and node.op in LINEAR:
                 _consumer(graph, node, twin, moments.of(twin.input(0)), kept, ridge, found)
             moments.visit(twin)
     return found
 
 
-def _consumer(
-    graph: Any, node: Node, twin: Node, x: Moments | None, kept: Kept, ridge: float, found: Walk
-) -> None:
+def _consumer(graph: Graph, node: Node, twin: Node, x: Moments | None, kept: Kept, ridge: float, found: Walk) -> None:
     axis = 1 if node.op == "conv" else (twin.inputs[0].rank or 1) - 1  # type: ignore[union-attr]
-    if node.op not in LINEAR:
-        return
     stay = kept.positions(twin.inputs[0], axis)
     if stay is None:
         return
@@ -55,18 +54,19 @@ def _consumer(
     if x is None or x.axis != axis:
         found.decisions.append(Decision(name, "left", "no moments are known for its input: weights are only sliced"))
         return
-    if op.groups > 1:
-        found.decisions.append(Decision(name, "left", "grouped: channels leave with the outputs they feed"))
+    if op.groups > 1 or op.node.attrs.get("transposed"):
+        if op.matrix(op.weight.const()).shape[2] < theirs.matrix(theirs.weight.const()).shape[2]:  # type: ignore[arg-type]
+            found.decisions.append(Decision(name, "left", "grouped or transposed: its weight is only sliced"))
         return
     _merge(graph, op, theirs, x, stay, kept, ridge, found, name)
 
 
 def _merge(
-    graph: Any, op: LinearOp, theirs: LinearOp, x: Moments, stay: np.ndarray, kept: Kept, ridge: float,
+    graph: Graph, op: LinearOp, theirs: LinearOp, x: Moments, stay: np.ndarray, kept: Kept, ridge: float,
     found: Walk, name: str,
 ) -> None:  # fmt: skip
     data, whole = op.weight.const(), theirs.weight.const()
-    assert data is not None and whole is not None
+    assert data is not None and whole is not None and op.weight.weight is not None
     width = len(x.mean)
     now, w = op.matrix(data)[0], theirs.matrix(whole)[0].reshape(-1, width, theirs.matrix(whole).shape[2] // width)
     rows = kept.positions(theirs.node.output, op.channel_axis)
@@ -74,20 +74,45 @@ def _merge(
     s = torch.from_numpy(stay)
     gone = torch.from_numpy(np.setdiff1d(np.arange(width), stay))
     sink = shift_sink(op)
-    second = x.cov if sink is not None else x.cov + x.mean[:, None] * x.mean
+    centred = sink is not None and w.shape[2] == 1
+    second = x.cov if centred else x.cov + x.mean[:, None] * x.mean
     coefficients = regression(second, s, gone, ridge)
     wr = w[:, gone]
     matrix = now.reshape(len(w), len(s), -1) + torch.einsum("ort,rs->ost", wr, coefficients)
     graph.set_weight(op.weight.weight, op.tensor(matrix.reshape(1, len(w), -1), data))
     before, after = _unexplained(w, second, s, gone, coefficients)
-    if sink is not None:
+    if sink is not None and sink.value.weight is not None:
         left = x.mean[gone] - coefficients @ x.mean[s]
         inside = coverage(theirs, w.shape[2])
         shift = torch.einsum("ort,r,t->o", wr, left, inside)
         graph.set_weight(sink.value.weight, sink.shifted(shift.numpy()))
+    _variance(graph, op, w, wr, x.cov, s, gone, coefficients)
     found.errors[name] = (before, after)
     reason = f"{len(gone)} removed channels expressed by kept ones: expected error {before:.3g} -> {after:.3g}"
     found.decisions.append(Decision(name, "corrected", reason, {"before": before, "after": after, "ridge": ridge}))
+
+
+def _variance(
+    graph: Graph, op: LinearOp, w: Tensor, wr: Tensor, cov: Tensor, s: Tensor, gone: Tensor, b: Tensor
+) -> None:
+    """Give the batch norm that reads the operator the variance that the merged weights leave."""
+    readers = followers(op.node)
+    norm = readers[0] if readers and readers[0].op == "batch_norm" else None
+    if norm is None or norm.attrs.get("training") or not own_vector(norm.input(4), len(w)):
+        return
+    var = norm.inputs[4]
+    assert var is not None and var.weight is not None
+    lost = torch.einsum("oct,cd,odt->o", wr, _rest(cov, s, gone, b), wr)
+    share = (lost / torch.einsum("oct,cd,odt->o", w, cov, w).clamp_min(1e-30)).clamp(0, MOST)
+    old, eps = var.weight.numpy(), norm.attrs["eps"]
+    new = (old.astype(np.float64) + eps) * (1 - share.numpy()) - eps
+    graph.set_weight(var.weight, np.maximum(new, 1e-12).astype(old.dtype))
+
+
+def _rest(second: Tensor, s: Tensor, gone: Tensor, b: Tensor) -> Tensor:
+    """Second moments of what the kept channels do not express of the removed ones."""
+    cross = b @ second[s][:, gone]
+    return second[gone][:, gone] - cross - cross.T + b @ second[s][:, s] @ b.T
 
 
 def regression(second: Tensor, stay: Tensor, gone: Tensor, ridge: float) -> Tensor:
@@ -100,14 +125,13 @@ def regression(second: Tensor, stay: Tensor, gone: Tensor, ridge: float) -> Tens
 
 def _unexplained(w: Tensor, second: Tensor, s: Tensor, gone: Tensor, b: Tensor) -> tuple[float, float]:
     """Share of the outputs' variance that is lost by slicing and after merging, positions taken as independent."""
+
     def energy(v: Tensor, m: Tensor) -> float:
         return float(torch.einsum("oct,cd,odt->", v, m, v))
 
     total = energy(w, second) or 1.0
-    rest = second[gone][:, gone]
-    cross = b @ second[s][:, gone]
-    left = rest - cross - cross.T + b @ second[s][:, s] @ b.T
-    return energy(w[:, gone], rest) / total, max(energy(w[:, gone], left), 0.0) / total
+    before = energy(w[:, gone], second[gone][:, gone])
+    return before / total, max(energy(w[:, gone], _rest(second, s, gone, b)), 0.0) / total
 
 
 def coverage(op: LinearOp, taps: int) -> Tensor:

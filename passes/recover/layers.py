@@ -1,4 +1,4 @@
-"""A linear operator as rows and columns: its patches, its weight as a matrix, and where a shift of its output can go."""
+"""A linear operator as rows and columns: its patches, its weight as a matrix, where a shift of its output can go."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ class LinearOp:
             wide[(..., *(slice(None, None, step) for step in stride))] = x
             reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             padding = [
-                (r - lo, out.shape[2 + i] - spread[i] + lo) for i, (r, (lo, _)) in enumerate(zip(reach, padding, strict=True))
+                (r - lo, out.shape[2 + i] - spread[i] + lo)
+                for i, (r, (lo, _)) in enumerate(zip(reach, padding, strict=True))
             ]
             x, stride = wide, [1] * len(stride)
         if any(lo or hi for lo, hi in padding):
@@ -255,7 +256,12 @@ def residual_sum(op: LinearOp) -> Sum | None:
 def norm_factor(node: Node) -> np.ndarray | None:
     """What a batch norm in eval mode multiplies each channel by; None where that is not stored."""
     scale, var = node.input(1), node.input(4)
-    if node.attrs.get("training") or var is None or var.const() is None or (scale is not None and scale.const() is None):
+    if (
+        node.attrs.get("training")
+        or var is None
+        or var.const() is None
+        or (scale is not None and scale.const() is None)
+    ):
         return None
     std = np.sqrt(np.asarray(var.const(), dtype=np.float64) + node.attrs["eps"])
     return (1.0 if scale is None else np.asarray(scale.const(), dtype=np.float64)) / std

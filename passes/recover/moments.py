@@ -271,4 +271,3 @@ def _moved(node: Node, x: Moments) -> Moments | None:
         low, high = node.attrs["pads"][x.axis]
         return Moments(F.pad(x.mean, (low, high)), F.pad(x.cov, (low, high, low, high)), x.axis)
     return None
-

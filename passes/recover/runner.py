@@ -40,7 +40,9 @@ class Runner(ABC):
         self.stored: dict[Hashable, Any] = {}
         self.envs: list[dict[Hashable, Any]] = []
         self._compile()
-        self.order = _schedule(self.calls, {k for n in graph.nodes if n.op in heavy for v in n.outputs if (k := self.key(v))})
+        self.order = _schedule(
+            self.calls, {k for n in graph.nodes if n.op in heavy for v in n.outputs if (k := self.key(v))}
+        )
         self._last: dict[Hashable, int] = {}
         self._writer: dict[Hashable, int] = {}
         for i, (reads, writes) in enumerate(self.calls[k] for k in self.order):
@@ -186,7 +188,9 @@ class ONNXRunner(Runner):
             reads: list[Hashable] = [n for n in step.inputs if n]
             for attr in step.attrs.values():
                 if isinstance(attr, Program):
-                    reads += sorted({n for s in attr.steps for n in s.inputs if n} | set(attr.outputs) | attr._captured())
+                    reads += sorted(
+                        {n for s in attr.steps for n in s.inputs if n} | set(attr.outputs) | attr._captured()
+                    )
             self.calls.append((reads, [n for n in step.outputs if n]))
 
     def key(self, value: Value) -> Hashable:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +18,13 @@ SHARED = 0.8
 
 
 def synthetic_inputs(
-    graph: Graph, samples: int = 256, *, steps: int = 100, rate: float = 0.05, seed: int = 0, progress: Progress = no_progress
+    graph: Graph,
+    samples: int = 256,
+    *,
+    steps: int = 100,
+    rate: float = 0.05,
+    seed: int = 0,
+    progress: Progress = no_progress,
 ) -> list[dict[str, np.ndarray]]:
     """Batches of made-up inputs, {graph input name: array}, the same for the same seed.
 

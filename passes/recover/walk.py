@@ -16,8 +16,18 @@ from ...graph.errors import ConstraintError
 from ...graph.groups import axis_groups
 from ...graph.ir import Graph, Node, Value
 from ..base import Decision, Progress, Reference, no_progress
-from .layers import LINEAR, NORM_GAINS, UNSUPPORTED, LinearOp, linear_op, norm_factor, own_vector, residual_sum, shift_sink
-from .runner import Runner, bound, runner
+from .layers import (
+    LINEAR,
+    NORM_GAINS,
+    UNSUPPORTED,
+    LinearOp,
+    linear_op,
+    norm_factor,
+    own_vector,
+    residual_sum,
+    shift_sink,
+)
+from .runner import bound, runner
 from .solve import Normal, Solution, solve
 
 SAME = 1e-6
@@ -158,7 +168,9 @@ class _Walker:
         self.found.errors[name] = (solution.before, solution.after)
         data = {"before": solution.before, "after": solution.after, "ridge": solution.ridge, "rows": rows}
         self.found.decisions.append(
-            Decision(name, "corrected", f"{what}: error {solution.before:.3g} -> {solution.after:.3g} of the variance", data)
+            Decision(
+                name, "corrected", f"{what}: error {solution.before:.3g} -> {solution.after:.3g} of the variance", data
+            )
         )
 
     # ---- linear operators ----------------------------------------------------------------------------------------
@@ -224,9 +236,7 @@ class _Walker:
         usable = np.abs(gain) > 1e-3 * np.abs(gain).max()
         inverse = torch.from_numpy(np.where(usable, 1 / np.where(usable, gain, 1), 0)).to(wanted[0].dtype)
         inverse = inverse.reshape([-1] + [1] * (wanted[0].dim() - 1 - op.channel_axis))
-        return [
-            y + (self.kept.take(twin, s) - t) * inverse for y, s, t in zip(wanted, theirs, skips, strict=True)
-        ]
+        return [y + (self.kept.take(twin, s) - t) * inverse for y, s, t in zip(wanted, theirs, skips, strict=True)]
 
     # ---- normalizations ------------------------------------------------------------------------------------------
     def _norm(self, node: Node, wanted: list[Tensor], now: list[Tensor]) -> bool:
