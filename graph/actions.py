@@ -16,6 +16,7 @@ from .ir import Graph, Node, Weight
 from .ops.table import get_rule
 from .plans import Plan, groups_of_plan, plan_of
 from .positions import kept_positions, spread
+from .quantized import dequantizer, is_numeric, zero_points
 from .space import Atom, atoms
 
 __all__ = ["Plan", "apply_kept", "apply_plan", "groups_of_plan", "mask", "permute", "scale", "select"]
@@ -146,14 +147,15 @@ def mask(groups: AxisGroups, kept: Mapping[AxisGroup, np.ndarray]) -> Graph:
         group = groups.by_atom(atom)
         assert group is not None
         for m in group.members:
-            if not m.stat and m.weight.dtype.startswith(("float", "bfloat")):
+            if not m.stat and is_numeric(m.weight):
                 touched.setdefault(m.weight, {})[m.axis] = kept_positions(m.space, selection)
     for w, axes in touched.items():
         target = graph.weight(w.name)
         data = target.numpy().copy()
+        zero = np.broadcast_to(0 if dequantizer(w) is None else zero_points(w), w.shape)
         for axis, keep in axes.items():
-            gone = np.setdiff1d(np.arange(w.shape[axis]), keep)
-            data[(slice(None),) * axis + (gone,)] = 0
+            gone = (slice(None),) * axis + (np.setdiff1d(np.arange(w.shape[axis]), keep),)
+            data[gone] = zero[gone]
         graph.set_weight(target, data)
     return graph
 

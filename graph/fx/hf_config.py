@@ -22,6 +22,10 @@ Misfit: TypeAlias = tuple[int, int]
 """How many axes of tensors, and how many integer attributes of modules, are not as wanted."""
 
 _MAX_BUILDS = 96
+_WAY_OUT = (
+    "load the result with fl.load_pruned, or prune with equal=True (equal widths over layers) and leave whole, or cut "
+    "alike, what the configuration ties together"
+)
 _NEVER: Misfit = (1 << 30, 1 << 30)
 
 
@@ -123,23 +127,36 @@ class _Fit:
     def run(self) -> str:
         """Change the configuration; returns a note where that is not possible."""
         name = type(self.config).__name__
+        uneven = self._uneven()
+        if uneven:
+            return f"{name} stays as it was, because layers have other widths than their like ({uneven}): {_WAY_OUT}"
         found = self._search()
         (tensors, _), built = self._build(found)
         if built is None:
             return f"{name} stays as it was: {type(self.module).__name__} cannot be built from it"
         if tensors:
             wrong = next(n for n, s in self.shapes.items() if _shapes(built).get(n) != s)
-            return (
-                f"{name} stays as it was, because no values of it give the pruned widths (e.g. {wrong}: "
-                f"{list(self.shapes[wrong])}): load the result with fl.load_pruned, or prune with equal=True (equal "
-                "widths over layers) and leave whole, or cut alike, what the configuration ties together"
-            )
+            why = f"no values of it give the pruned widths (e.g. {wrong}: {list(self.shapes[wrong])})"
+            return f"{name} stays as it was, because {why}: {_WAY_OUT}"
         reasons = []
         for tried in self._alike(found):
             reasons.append(self._verify(tried))
             if not reasons[-1]:
                 return ""
         return f"{name} stays as it was: {reasons[0]}; load the result with fl.load_pruned"
+
+    def _uneven(self) -> str:
+        """A weight whose counterpart in another layer (the same name but for numbers) had its shape and has it not."""
+        prefix = f"{self.path}." if self.path else ""
+        seen: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}
+        for name, now in self.shapes.items():
+            before = self.graph.originals.get(prefix + name)
+            if before is not None:
+                like = ".".join("#" if part.isdigit() else part for part in name.split("."))
+                other, size = seen.setdefault((like, tuple(before.shape)), (name, now))
+                if size != now:
+                    return f"{other}: {list(size)}, {name}: {list(now)}"
+        return ""
 
     # ---- search --------------------------------------------------------------------------------------------------
     def _evidence(self, changes: SizeChanges) -> dict[int, list[int]]:
@@ -156,8 +173,9 @@ class _Fit:
 
     def _search(self) -> Entries:
         options = {e: self.evidence[v] for e, v in self.entries.items() if v is not None and v in self.evidence}
-        best = min(({}, {e: o[0] for e, o in options.items()}), key=self._misfit)
-        best = self._descend(best, options, 1)
+        best: Entries = {e: o[0] for e, o in options.items()}
+        if self._misfit(best)[0]:
+            best = self._descend(min(best, {}, key=self._misfit), options, 1)
         if self._misfit(best)[0]:
             best = self._descend(best, options, 2)
         if self._misfit(best)[0]:  # sizes that the configuration leaves to a default (4 x the width)
@@ -189,7 +207,7 @@ class _Fit:
     def _descend(self, best: Entries, options: Mapping[str, list[int]], together: int) -> Entries:
         """Change ``together`` entries at a time for as long as that brings the built model closer."""
         improved = True
-        while improved and self._misfit(best) != (0, 0) and len(self.known) < _MAX_BUILDS:
+        while improved and self._misfit(best)[0] and len(self.known) < _MAX_BUILDS:
             improved = False
             for names in combinations(options, together):
                 for values in product(*([self.entries[n], *options[n]] for n in names)):

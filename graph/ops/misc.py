@@ -24,7 +24,7 @@ def _quantize(an: Analysis, node: Node) -> None:
         own = an.of(v)
         if len(own) == 1 and own[0].size > 1 and axis is not None:
             spaces[axis] = an.tie(spaces[axis], own[0], node)
-            an.role(v, 0, 0, node, stat=node.op != "dequantize")
+            an.role(v, 0, 0, node, stat=True)  # a scale of zero would be no mask but a division by zero
         elif len(own) > 1:
             for i, e in enumerate(own):
                 if e.size == spaces[i].size:
@@ -33,6 +33,7 @@ def _quantize(an: Analysis, node: Node) -> None:
                     an.freeze([spaces[i], e], "quantized in blocks", node)
     an.no_scale(spaces, node, "rounding does not commute with scaling")
     an.set(node.output, spaces, an.zeros(x))
+    an.keep_root(x, node.output, list(range(len(spaces))))
 
 
 @rule("full", update=_new_shape)

@@ -11,6 +11,7 @@ from ...graph.actions import select
 from ...graph.errors import ConstraintError
 from ...graph.groups import AxisGroup, AxisGroups, axis_groups
 from ...graph.ir import Graph
+from ...graph.quantized import dequantizer
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass, nearest
 from ..plan import remember
 from ..targets import Target
@@ -45,7 +46,6 @@ class Prune(Pass):
     name: ClassVar[str] = "prune"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
     needs: ClassVar[Needs] = Needs.NOTHING
-    requires: ClassVar[frozenset[str]] = frozenset({"float"})
     establishes: ClassVar[frozenset[str]] = frozenset({"pruned"})
 
     criterion: Annotated[str | Callable[..., Any], AfterValidator(_known)] = "l2"
@@ -123,6 +123,7 @@ class Prune(Pass):
         groups = axis_groups(graph)
         decisions: list[Decision] = []
         chosen = candidates(groups, self.ignore, self.atoms, decisions, self.ignore_types)
+        self._check_floating(chosen)
         evidence = self._evidence(groups, ctx)
         scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction, evidence)
         decisions += [
@@ -171,6 +172,20 @@ class Prune(Pass):
             note = "" if g.exact else f"; changes a statistic: {g.why('inexact')}"
             why = f"kept {len(k)} of {g.size} by {self._criterion_name()}{note}"
             decisions.append(Decision(g.name, "cut", why, size))
+
+    def _check_floating(self, chosen: list[AxisGroup]) -> None:
+        """Gradients and activations are looked at on floating weights only; weights alone are judged either way."""
+        if callable(self.criterion) or needs_of(self.criterion) is Needs.NOTHING:
+            return
+        for g in chosen:
+            stored = next((m for m in g.members if dequantizer(m.weight) is not None), None)
+            if stored is not None:
+                raise ConstraintError(
+                    f"criterion {self.criterion!r} cannot judge quantized weights",
+                    node=g.name,
+                    found=f"{stored.label} of {stored.weight.dtype}",
+                    hint="prune before quantizing, or take a criterion that looks at weights only (l2, l1, fpgm)",
+                )
 
     def _evidence(self, groups: AxisGroups, ctx: Context) -> Evidence:
         batches = ctx.calibration if self.calibration is None else self.calibration

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from ...graph.groups import AxisGroup, Member
+from ...graph.quantized import is_numeric, real
 
 NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
 
 
 def slabs_of(g: AxisGroup, member: Member) -> np.ndarray:
     """The member's data as one row per group index, (size, elements per index), float32 or float64."""
-    data = member.weight.numpy()
+    data = real(member.weight)
     if data.dtype not in (np.float32, np.float64):
         data = data.astype(np.float32)
     at = member.positions(g.atom)
@@ -21,7 +22,7 @@ def slabs_of(g: AxisGroup, member: Member) -> np.ndarray:
 
 def members_that_count(g: AxisGroup) -> list[Member]:
     """The floating members whose slabs make or read the index; gains and tables only if there is nothing else."""
-    floating = [m for m in g.members if m.weight.dtype.startswith(("float", "bfloat")) and not m.stat]
+    floating = [m for m in g.members if is_numeric(m.weight) and not m.stat]
     main = [m for m in floating if m.role != "carries" and len(m.weight.shape) > 1]
     return main or floating
 
