@@ -232,7 +232,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--settings", nargs="+", default=SETTINGS)
     p.add_argument("--speedups", nargs="+", type=float, default=[2.1, 2.55])
-    p.add_argument("--samples", type=int, default=1280, help="training images for criteria that look at data")
+    p.add_argument("--samples", type=int, default=640, help="training images for criteria that look at data")
     p.add_argument("--evaluate", type=int, default=0, help="test images on which each is judged right after the cut")
     p.set_defaults(run=prune)
     p = commands.add_parser("train", parents=[shared, training])
