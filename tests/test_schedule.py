@@ -145,8 +145,18 @@ def test_schedules_follow_their_formulas() -> None:
     assert np.allclose(steps["cubic"].shares(), [1 - (3 / 4) ** 3, 1 - (2 / 4) ** 3, 1 - (1 / 4) ** 3, 1])
     groups = fl.axis_groups(fl.load(*toy("residual_cnn")))
     geometric = PruneIteratively(prune=P.Prune(ratio=0.5), steps=4, schedule="geometric").goals(groups)
-    left = [1 - ratio for ratio, _ in geometric]
+    left = [1 - ratio for ratio, *_ in geometric]
     assert np.allclose([b / a for a, b in zip([1.0, *left], left, strict=False)], 0.5**0.25)
+
+
+def test_overrides_follow_the_schedule_and_data_is_read_in_every_step() -> None:
+    model, x = toy("residual_cnn")
+    options: dict[str, Any] = {"ratio": 0.5, "overrides": {"b1.*": 0.8, "a1.*": 0.0}, "criterion": "apoz"}
+    once = P.prune(model, x, **options, calibration=[x])
+    result = P.prune_iteratively(model, x, prune=P.Prune(**options), steps=2, calibration=iter([x]))
+    assert sizes(result) == sizes(once) and len(result.plan.weights["b1.0.weight"][0]) == 2
+    half = PruneIteratively(prune=P.Prune(**options), steps=2).goals(fl.axis_groups(fl.load(model, x)))[0]
+    assert half == (0.25, None, {"b1.*": 0.4, "a1.*": 0.0})
 
 
 def test_errors_come_before_any_training() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from glob import escape
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -26,8 +26,8 @@ from .prune_pass import Prune
 from .select import Kept, normalized
 
 Course: TypeAlias = Literal["linear", "cubic", "geometric"]
-Goal: TypeAlias = tuple[float | None, Target | None]
-"""(ratio, target) of one step, one of them None, both relative to the original model."""
+Goal: TypeAlias = tuple[float | None, Target | None, dict[str, float]]
+"""(ratio, target, overrides) of one step, ratio or target None, all relative to the original model."""
 
 
 class PruneIteratively(Pass):
@@ -107,24 +107,27 @@ class PruneIteratively(Pass):
         Raises:
             ConfigError: an absolute latency, whose share of the original is not known beforehand.
         """
-        last = self.prune.ratio, self.prune.target
-        shares = self.shares()[:-1]
         geometric = self.schedule == "geometric"
-        if self.prune.ratio is not None:
-            r = self.prune.ratio
-            return [(1 - (1 - r) ** s if geometric else r * s, None) for s in shares] + [last]
-        target = self.prune.target
-        assert target is not None
-        if target.is_fraction:
-            end = target.value
-        elif target.metric == "latency":
+
+        def gone(end: float, share: float) -> float:
+            return 1 - (1 - end) ** share if geometric else end * share
+
+        prune, target = self.prune, self.prune.target
+        end = 0.0
+        if target is not None and target.is_fraction:
+            end = 1 - target.value
+        elif target is not None and target.metric == "latency":
             raise ConfigError(
                 "an absolute latency has no schedule", node="target", value=str(target), expected="a share of 1"
             )
-        else:
-            end = target.value / target.of(preview_cost(groups, {}))
-        left = [end**s if geometric else 1 - (1 - end) * s for s in shares]
-        return [(None, Target(metric=target.metric, value=min(x, 1.0))) for x in left] + [last]
+        elif target is not None:
+            end = 1 - min(target.value / target.of(preview_cost(groups, {})), 1.0)
+        found: list[Goal] = []
+        for share in self.shares()[:-1]:
+            ratio = None if prune.ratio is None else gone(prune.ratio, share)
+            part = None if target is None else Target(metric=target.metric, value=1 - gone(end, share))
+            found.append((ratio, part, {p: gone(r, share) for p, r in prune.overrides.items()}))
+        return [*found, (prune.ratio, target, prune.overrides)]
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         graph.separate_shared()
@@ -148,12 +151,15 @@ class _Run:
     """The state between the steps: the original graph, what is kept of it, and the graph as it is now."""
 
     def __init__(self, prune: Prune, graph: Graph, ctx: Context) -> None:
-        self.prune, self.graph, self.ctx = prune, graph, ctx
+        # Every step reads the data anew: what can be read only once is kept.
+        self.prune = prune.model_copy(update={"data": _again(prune.data), "calibration": _again(prune.calibration)})
+        self.graph, self.ctx = graph, replace(ctx, calibration=_again(ctx.calibration))
         self.original = graph.clone()
         self.groups = axis_groups(self.original)
         self.kept: Kept = {g: np.arange(g.size) for g in self.groups}
         self.cut_in: dict[AxisGroup, int] = {}
         self.refused: list[Decision] = []
+        self.last: dict[str, np.ndarray] = {}
         self.plans: list[Plan] = []
         self.done = 0
 
@@ -162,7 +168,7 @@ class _Run:
         self.prune.apply(self.original.clone(), self._quiet())
 
     def _quiet(self) -> Context:
-        return replace(self.ctx, verify=False, reference=None)
+        return replace(self.ctx, verify=False, reference=None, untouched=None)
 
     def step(self, goal: Goal, *, first: bool, last: bool) -> dict[str, Any]:
         """Cut to one goal."""
@@ -176,7 +182,7 @@ class _Run:
             return table[g.name]
 
         known.__name__ = self.prune._criterion_name()
-        asked = {"ratio": goal[0], "target": goal[1]}
+        asked = {"ratio": goal[0], "target": goal[1], "overrides": goal[2]}
         ignore = [*self.prune.ignore, *(escape(name) for name in unjudged)]
         settled = {"criterion": known, "normalizer": "none", "ignore": ignore}
         record: dict[str, Any] = {"asked": goal[0] if goal[1] is None else str(goal[1]), "cut": 0}
@@ -204,11 +210,17 @@ class _Run:
     def _scores(self, now: AxisGroups, twins: dict[AxisGroup, AxisGroup]) -> tuple[dict[str, np.ndarray], list[str]]:
         """Scores on the original's indices, those that are gone below all others; and the groups without any."""
         self.refused = []
-        chosen = candidates(self.groups, self.prune.ignore, self.prune.atoms, self.refused)
-        alive = [twins[g] for g in chosen if g in twins]
         prune, ctx = self.prune, self.ctx
+        chosen = candidates(self.groups, prune.ignore, prune.atoms, self.refused, prune.ignore_types)
+        alive = [twins[g] for g in chosen if g in twins]
         found = importance(now, alive, prune.criterion, ctx.seed, prune.reduction, prune._evidence(now, ctx))
-        scaled = {g: normalized(found[twins[g]], prune.normalizer) for g in chosen if twins.get(g) in found}
+        scaled: dict[AxisGroup, np.ndarray] = {}
+        for g in chosen:
+            if g in twins and twins[g] in found:
+                scaled[g] = normalized(found[twins[g]], prune.normalizer)
+            elif g in twins and g.name in self.last:
+                # Judged before and not now (no zero activations are left to count): what was known still ranks them.
+                scaled[g] = self.last[g.name][self.kept[g]]
         everything = np.concatenate(list(scaled.values())) if scaled else np.zeros(1)
         # Strictly below the lowest score of all, or a group of dead indices would tie with what is gone.
         floor = float(everything.min()) - max(float(np.abs(everything).max()), 1e-12)
@@ -216,6 +228,7 @@ class _Run:
         for g, s in scaled.items():
             table[g.name] = np.full(g.size, floor)
             table[g.name][self.kept[g]] = s
+        self.last = {**self.last, **table}
         return table, [g.name for g in chosen if g.name not in table]
 
     def decisions(self, steps: int) -> list[Decision]:
@@ -233,6 +246,11 @@ class _Run:
             {"name": g.name, "size": g.size, "kept": len(self.kept[g]), "reason": "" if g in self.cut_in else g.why()}
             for g in self.groups
         ]
+
+
+def _again(data: Any) -> Any:
+    """Data that can be iterated over more than once."""
+    return list(data) if isinstance(data, Iterator) else data
 
 
 def twins_of(groups: AxisGroups, now: AxisGroups, kept: Kept) -> dict[AxisGroup, AxisGroup]:

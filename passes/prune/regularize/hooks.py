@@ -15,6 +15,7 @@ from ....graph.actions import Plan, groups_of_plan, select
 from ....graph.errors import ConfigError, ConstraintError
 from ....graph.groups import AxisGroup, Member, axis_groups
 from ....graph.load import load
+from ...backend import backend
 from ...base import Context
 from ..candidates import candidates
 from ..prune_pass import Prune
@@ -77,13 +78,14 @@ class Regularizer:
     # ---- what is penalised ---------------------------------------------------------------------------------------
     def _choose(self) -> dict[AxisGroup, np.ndarray]:
         """The kept sets that ``prune`` chooses on the module as it is now."""
-        ctx = Context(self.example_inputs, self.calibration, seed=self.seed, verify=False)
+        ctx = Context(self.example_inputs, self.calibration, seed=self.seed, verify=False, backends=backend)
         plan = self.prune_pass.apply(self.graph.clone(), ctx).plan
         return groups_of_plan(self.groups, plan) if isinstance(plan, Plan) else {}
 
     def _collect(self) -> list[Term]:
         live = dict(self.model.named_parameters(remove_duplicate=False))
-        chosen = candidates(self.groups, self.prune_pass.ignore, self.prune_pass.atoms, [])
+        prune = self.prune_pass
+        chosen = candidates(self.groups, prune.ignore, prune.atoms, [], prune.ignore_types)
         terms = []
         for g in chosen:
             if self.kind in MASKED and g not in self._kept:
