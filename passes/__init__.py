@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .lower import Lower
     from .pipeline import Pipeline
     from .prune import Prune
+    from .prune.depth import DropBlocks
     from .prune.gate import InsertDynamicChannelGate, TopKFrequency, expected_macs
     from .prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss
     from .prune.regularize import Cut, absorb_removed, regularize
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .result import Result
 
     cut: Callable[..., Result]
+    drop_blocks: Callable[..., Result]
     finetune: Callable[..., Result]
     fold: Callable[..., Result]
     fold_linear_op: Callable[..., Result]
@@ -48,6 +50,7 @@ __all__ = [
     "Contract",
     "Cut",
     "Decision",
+    "DropBlocks",
     "FineTune",
     "Fold",
     "FoldLinearOp",
@@ -72,6 +75,7 @@ __all__ = [
     "as_function",
     "compare_with_scratch",
     "cut",
+    "drop_blocks",
     "expected_macs",
     "finetune",
     "fold",

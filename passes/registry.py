@@ -12,6 +12,7 @@ from .base import Pass, nearest
 BUILTIN: dict[str, tuple[str, str]] = {
     "fold": (".fold", "Fold"),
     "prune": (".prune", "Prune"),
+    "drop_blocks": (".prune.depth", "DropBlocks"),
     "cut": (".prune.regularize", "Cut"),
     "select": (".prune.select_pass", "Select"),
     "insert_linear_op": (".prune.pat", "InsertLinearOp"),

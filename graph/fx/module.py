@@ -19,6 +19,7 @@ from .partial import culprit, replace_layers
 from .patch import Patch, apply_patches, plan_patches
 from .place import NotExpressible, place
 from .run import interpret
+from .shorten import dead_entries, renamed, shorten
 from .tensors import storage_key
 from .trace import copied_with, module_tensors, user_line
 
@@ -59,6 +60,15 @@ def write_back(graph: FXView) -> nn.Module:
             reason = failure
             apply_patches(undo)
         reason += _unpatched(graph)
+        if dead := dead_entries(graph, twin):
+            apply_patches([p for group in plan for p in group[0]])
+            check.moved = shorten(twin, dead)
+            if check(twin) is None:
+                graph.notes.append(f"to_model took {', '.join(dead)} out of the containers that held them")
+                return twin
+            check.moved = {}
+            twin = _restructured(graph, tensors)
+            plan = plan_patches(graph, twin)
         if graph.mode is not None and _replaced(graph, twin, check, tensors, plan, reason):
             return twin
     if graph.mode is None:
@@ -232,6 +242,7 @@ class _Check:
         args, kwargs = graph.source.args, graph.source.kwargs
         self.call = pytree.tree_map_only(torch.Tensor, lambda t: _lively(t, generator), _small(graph, args, kwargs))
         self.random = _randomized(graph, generator)
+        self.moved: dict[str, str] = {}
         self.effects = any(has_effect(n) for n in graph.fx.nodes)
         inputs = graph.bind_tensors(self.call)
         self.expected, _ = interpret(graph, inputs, (), False, self.random)
@@ -243,7 +254,7 @@ class _Check:
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.random.items():
             for alias in self.graph.weights[name].aliases:
-                state[alias] = tensor
+                state[renamed(alias, self.moved)] = tensor
         names = {n for n, _ in module.named_parameters(remove_duplicate=False)}
         names |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
         state = {k: v for k, v in state.items() if k in names}

@@ -96,12 +96,14 @@ def unmatched(what: str, option: str, patterns: Iterable[str]) -> ConstraintErro
 
 def matches(pattern: str, g: AxisGroup) -> bool:
     """Whether a pattern (fnmatch) names the group, one of its weights or a module that holds one."""
-    names = [g.name]
-    for m in g.members:
-        for n in (m.weight.name, *m.weight.aliases):
-            parts = n.split(".")
-            names += [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-    return any(fnmatchcase(n, pattern) for n in names)
+    names = [a for m in g.members for a in (m.weight.name, *m.weight.aliases)]
+    return fnmatchcase(g.name, pattern) or any(matches_name(pattern, n) for n in names)
+
+
+def matches_name(pattern: str, name: str) -> bool:
+    """Whether a pattern names this dotted path or a part of it that holds it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
 
 
 def overridden(

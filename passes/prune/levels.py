@@ -40,7 +40,7 @@ class Outputs:
     """
 
     def __init__(self, graph: Graph, batches: Iterable[Any] | None, samples: int = 64, seed: int = 0) -> None:
-        self.inputs = list(_few(graph, batches, samples, seed))
+        self.inputs = list(few_inputs(graph, batches, samples, seed))
         self.samples = sum(_length(b) for b in self.inputs)
         self.outputs = [run_graph(graph, b)[0] for b in self.inputs]
         squares = np.sum([[_square(y) for y in batch] for batch in self.outputs], axis=0)
@@ -61,7 +61,12 @@ class Outputs:
         return error
 
 
-def _few(graph: Graph, batches: Iterable[Any] | None, samples: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+def few_inputs(graph: Graph, batches: Iterable[Any] | None, samples: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches until they hold that many samples, as ``run_graph`` takes them; made-up ones where there are none.
+
+    Raises:
+        ConstraintError: there are batches, but not one.
+    """
     if batches is None:
         one = synthesize_inputs(graph, seed)
         for i in range(max(-(-samples // _length(one)), 1)):
