@@ -72,8 +72,8 @@ def test_verify_runs_on_the_recorded_graph() -> None:
     assert result.report.passes[0].details["identity"]["relative_error"] < 1e-5
 
 
-class Choosy(nn.Module):
-    """Reads tensor data in Python where it is not traced."""
+class Writes(nn.Module):
+    """Writes into a view of what it computed: torch.export can spell that out, a recorder cannot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,13 +81,12 @@ class Choosy(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.a(x).relu()
-        if not torch.compiler.is_exporting() and float(h.sum()) < -1:
-            h = -h
+        h[:, 0].mul_(2)
         return self.b(h)
 
 
-def test_a_model_that_reads_its_data_is_exported() -> None:
-    graph = fl.load(Choosy().eval(), (torch.randn(2, 6),), static=True)
+def test_what_cannot_be_recorded_is_exported() -> None:
+    graph = fl.load(Writes().eval(), (torch.randn(2, 6),), static=True)
     assert not is_recorded(graph)
     assert len(fl.axis_groups(graph)) >= 1
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._export.utils import _compiling_state_context
 from torch._ops import _set_mode_pre_dispatch, unset_mode_pre_dispatch
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
@@ -201,7 +202,7 @@ class _Tape(SchemaCheckMode):
         node.meta = {"val": _described(out), "nn_module_stack": self._stack(), "line": _user_frame()}
         if isinstance(out, torch.Tensor):
             setattr(out, _NODE, node)
-            if not node.all_input_nodes:
+            if not node.all_input_nodes or func in _MAKERS:
                 self.fresh[out.untyped_storage()._cdata] = (node, out)
         else:
             for i, part in enumerate(out):
@@ -237,6 +238,12 @@ _RESHAPING_IN_PLACE = {
     for name in "t_ transpose_ unsqueeze_ squeeze_ resize_ resize_as_ as_strided_ set_ swapaxes_ swapdims_".split()
     for overload in getattr(aten, name).overloads()
 }
+_MAKERS = {
+    getattr(getattr(aten, name), overload)
+    for name in "full_like zeros_like ones_like empty_like rand_like new_full new_zeros new_ones new_empty".split()
+    for overload in getattr(aten, name).overloads()
+}
+"""Their Python bindings wrap the result once more, as those of factories do."""
 _SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
 
 
@@ -280,7 +287,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 @contextmanager
 def _recording(tape: _Tape) -> Iterator[None]:
-    with torch._C._EnablePythonDispatcher():
+    # models ask torch.compiler whether they are traced: the answer must be that of torch.export
+    with _compiling_state_context(), torch._C._EnablePythonDispatcher():
         _set_mode_pre_dispatch(tape)
         try:
             yield
