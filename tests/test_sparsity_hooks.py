@@ -149,6 +149,32 @@ def test_training_lowers_what_is_penalised_and_prune_follows(kind: Any) -> None:
     assert result.model.training and result.plan.weights == hooks.plan().weights
 
 
+def test_modules_made_from_onnx() -> None:
+    """In P.finetune's loop the ONNX model itself tells the groups; the cut is ONNX again."""
+    model, x = cnn()
+    proto = exported(model, x)
+    found: list[Any] = []
+
+    def train(module: nn.Module) -> None:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+        with P.regularize(module, proto, "group_lasso", 0.3, mode="proximal") as hooks:
+            start = sum(n.sum() for n in hooks.norms().values())
+            for _ in range(5):
+                optimizer.zero_grad()
+                module(x[0]).square().mean().backward()
+                optimizer.step()
+        found.extend([start, sum(n.sum() for n in hooks.norms().values()), hooks.prune()])
+        with pytest.raises(ConfigError, match="made from an ONNX model"):
+            P.regularize(module, x)
+
+    trained = P.finetune(proto, x, train=train)
+    start, end, cut = found
+    assert end < 0.9 * start and type(cut.model) is type(trained.model)
+    assert fl.cost(cut.graph).parameters < 0.5 * fl.cost(trained.graph).parameters
+    name = "stem.0.weight"
+    assert np.array_equal(cut.graph.weight(name).numpy(), trained.graph.weight(name).numpy()[cut.plan.weights[name][0]])
+
+
 class Pointwise(nn.Module):
     """Convolutions and norms whose readers see a constant where a gain is zero."""
 

@@ -14,12 +14,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from ....graph.actions import Plan, groups_of_plan, select
 from ....graph.errors import ConfigError, ConstraintError
 from ....graph.groups import AxisGroup, Member, axis_groups
-from ....graph.load import load
 from ...backend import backend
 from ...base import Context
 from ..candidates import candidates
 from ..prune_pass import Prune
 from .absorb import Cut, gain
+from .live import graph_of, live_parameters
 from .terms import Kind, Place, Term
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Regularizer:
         self.steps = 0
         self.calibration = calibration
         self._handles: list[Any] = []
-        self.graph = load(model, example_inputs)
+        self.graph = graph_of(model, example_inputs)
         self.groups = axis_groups(self.graph)
         self._kept = self._choose() if kind in MASKED else {}
         self.unjudged: list[str] = []
@@ -78,12 +78,12 @@ class Regularizer:
     # ---- what is penalised ---------------------------------------------------------------------------------------
     def _choose(self) -> dict[AxisGroup, np.ndarray]:
         """The kept sets that ``prune`` chooses on the module as it is now."""
-        ctx = Context(self.example_inputs, self.calibration, seed=self.seed, verify=False, backends=backend)
+        ctx = Context(None, self.calibration, seed=self.seed, verify=False, backends=backend)
         plan = self.prune_pass.apply(self.graph.clone(), ctx).plan
         return groups_of_plan(self.groups, plan) if isinstance(plan, Plan) else {}
 
     def _collect(self) -> list[Term]:
-        live = dict(self.model.named_parameters(remove_duplicate=False))
+        live = live_parameters(self.model)
         prune = self.prune_pass
         chosen = candidates(self.groups, prune.ignore, prune.atoms, [], prune.ignore_types)
         terms = []
@@ -162,7 +162,7 @@ class Regularizer:
         """Kept indices per group name: the preset mask's, or what ``prune`` would keep of the module as it is now."""
         found = self._kept
         if self.kind not in MASKED:
-            self.graph = load(self.model, self.example_inputs)
+            self.graph = graph_of(self.model, self.example_inputs)
             self.groups = axis_groups(self.graph)
             found = self._choose()
         return {g.name: [int(i) for i in k] for g, k in found.items()}
@@ -181,8 +181,10 @@ class Regularizer:
         """
         from ...pipeline import Pipeline
 
-        cut = Cut(kept=self.kept(), absorb=absorb)
-        return Pipeline([cut], seed=self.seed, name="regularize").run(self.model, self.example_inputs, verify=verify)
+        pipe = Pipeline([Cut(kept=self.kept(), absorb=absorb)], seed=self.seed, name="regularize")
+        if hasattr(self.model, "weight_names"):  # made from ONNX: ONNX comes back
+            return pipe.run(graph_of(self.model, self.example_inputs).to_model(), verify=verify)
+        return pipe.run(self.model, self.example_inputs, verify=verify)
 
 
 def regularize(
@@ -206,7 +208,8 @@ def regularize(
 
     Args:
         model: the module that the loop trains; its parameters are penalised where they are.
-        example_inputs: one call's arguments, to find the axis groups.
+        example_inputs: one call's arguments, to find the axis groups; for the module that ``P.finetune`` makes of an
+            ONNX model, that ONNX model.
         kind: "group_lasso": sum over groups and indices of sqrt(elements) * ||slab over all members||_2 ("Learning
             Structured Sparsity in Deep Neural Networks", over whole groups as in "DepGraph: Towards Any Structural
             Pruning"); "bn_l1": L1 of the gains of normalizations ("Learning Efficient Convolutional Networks through
@@ -250,4 +253,8 @@ def _place(g: AxisGroup, m: Member, live: dict[str, nn.Parameter]) -> Place | No
     found = next((live[n] for n in (m.weight.name, *m.weight.aliases) if n in live), None)
     if found is None or not found.requires_grad or not found.is_floating_point():
         return None
+    if tuple(found.shape) != tuple(m.weight.shape):
+        raise ConstraintError(
+            "the module is not that of the graph", node=m.weight.name, expected=m.weight.shape, found=tuple(found.shape)
+        )
     return Place(found, m.axis, torch.as_tensor(m.positions(g.atom)))
