@@ -190,7 +190,7 @@ def _row(target: Any, n: int, device: torch.device) -> Any:
 def _mse(output: Tensor, target: Tensor) -> Tensor:
     if target.shape != output.shape:
         raise _misfit(output, target, "the output's shape")
-    return (output.float() - target.to(torch.float32)).square().flatten(1).mean(1)
+    return (_wide(output) - target.to(_wide(output).dtype)).square().flatten(1).mean(1)
 
 
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -200,15 +200,20 @@ def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
         if target.shape != output.shape:
             raise _misfit(output, target, "class indices, or probabilities in the output's shape")
         axis = _class_axis(output)
-        logp = output.float().log_softmax(axis)
+        logp = _wide(output).log_softmax(axis)
         return -(target * logp).sum(axis).reshape(len(output), -1).mean(1)
     fitting = [a for a in (_class_axis(output), 1, output.dim() - 1) if _without(output, a) == tuple(target.shape)]
     if not fitting:
         raise _misfit(output, target, f"class indices {_without(output, _class_axis(output))}")
-    logp = output.float().movedim(fitting[0], -1).log_softmax(-1)
+    logp = _wide(output).movedim(fitting[0], -1).log_softmax(-1)
     valid = target != IGNORED
     found = -logp.gather(-1, target.long().clamp(min=0).unsqueeze(-1)).squeeze(-1) * valid
     return found.reshape(len(output), -1).sum(1) / valid.reshape(len(output), -1).sum(1).clamp(min=1)
+
+
+def _wide(output: Tensor) -> Tensor:
+    """Half precisions in float32: a loss summed in them would lose what is asked for."""
+    return output if output.dtype == torch.float64 else output.float()
 
 
 def _class_axis(output: Tensor) -> int:

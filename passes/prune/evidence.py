@@ -168,10 +168,12 @@ class Evidence:
         return hessian_diagonal(self.groups, self._names(), self.examples(), self.probes, self.loss, self.seed)
 
     def kronecker(self) -> Iterator[Kronecker]:
-        """Kronecker factors of the Fisher information, one site after another; large, so not kept."""
+        """Kronecker factors of the Fisher information, one site after another, of the weights whose slabs remove an
+        index (``slabs.removals``); large, so not kept."""
         from ..sample_gradients import kronecker_factors
 
-        return kronecker_factors(self.groups, self._names(), self.examples, self.loss, self.seed)
+        names = dict.fromkeys(m.weight.name for g in self.chosen() for part in removals(g) for m in part)
+        return kronecker_factors(self.groups, names, self.examples, self.loss, self.seed)
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """The result of ``make``, computed at the first call with this key: a criterion's own statistic."""

@@ -80,7 +80,7 @@ def adapter_importance(evidence: Evidence) -> dict[str, np.ndarray]:
         return {}
     function = Differentiable(graph, [n for ad in adapters for n in (ad.a, ad.b)])
     leaves = function.leaves
-    base = {ad.weight.name: torch.from_numpy(np.asarray(ad.weight.numpy(), dtype=np.float32)) for ad in adapters}
+    base = {ad.weight.name: torch.from_numpy(np.array(ad.weight.numpy(), dtype=np.float32)) for ad in adapters}
     moving: dict[str, Any] = {}
     steps = 0
     for example in evidence.examples():

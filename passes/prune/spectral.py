@@ -56,5 +56,6 @@ def participation(x: np.ndarray) -> np.ndarray:
     """Inverse participation ratio along the last axis: sum of |F|^4 over the square of the sum of |F|^2, F the real
     Fourier transform of x without its mean; in (0, 1], 0 for a constant."""
     power = np.abs(np.fft.rfft(x - x.mean(-1, keepdims=True), axis=-1)) ** 2
-    total = power.sum(-1)
-    return np.where(total > 0, (power**2).sum(-1) / np.maximum(total, 1e-300) ** 2, 0.0)
+    total = power.sum(-1, keepdims=True)
+    share = np.divide(power, total, out=np.zeros_like(power), where=total > 0)
+    return np.asarray((share**2).sum(-1))
