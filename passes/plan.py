@@ -32,9 +32,9 @@ def compose(plans: Iterable[Any], graph: Graph) -> Plan:
     joined: dict[str, dict[int, np.ndarray]] = {}
     for plan in plans:
         for weight, axes in as_data(plan).items():
-            known = joined.setdefault(weight, {})
+            so_far = joined.setdefault(weight, {})
             for axis, kept in axes.items():
-                known[axis] = known[axis][kept] if axis in known else kept
+                so_far[axis] = so_far[axis][kept] if axis in so_far else kept
     known = _names(graph)
     if not known.issuperset(joined):  # selecting passes give vectors that layers share by accident copies of their own
         graph = graph.clone()

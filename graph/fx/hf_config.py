@@ -161,13 +161,14 @@ class _Fit:
     # ---- search --------------------------------------------------------------------------------------------------
     def _evidence(self, changes: SizeChanges) -> dict[int, list[int]]:
         """Old size -> sizes that took its place in this submodule, the most widespread first."""
-        prefix, votes = f"{self.path}." if self.path else "", {}
+        prefix = f"{self.path}." if self.path else ""
+        votes: dict[int, dict[int, int]] = {}
         for table in (changes.attrs, changes.shapes):
             for scope, evidence in table.items():
                 if scope == self.path or scope.startswith(prefix):
                     for old, new in evidence.items():
                         for size in new - {old}:
-                            counts: dict[int, int] = votes.setdefault(old, {})
+                            counts = votes.setdefault(old, {})
                             counts[size] = counts.get(size, 0) + 1
         return {old: sorted(c, key=lambda s: (-c[s], -s)) for old, c in votes.items()}
 

@@ -130,8 +130,8 @@ def _loaded(model: nn.Module, data: dict[str, Any], tensors: dict[str, torch.Ten
         here[path].register_parameter(leaf, nn.Parameter(tensors[name], like is None or like.requires_grad))
     for path, entry in data["modules"].items():
         for name, value in entry.get("sizes", {}).items():
-            now = vars(here[path]).get(name) if path in here else None
-            if isinstance(value, list) and type(now) in (list, tuple, torch.Size):
+            now: Any = vars(here[path]).get(name) if path in here else None
+            if isinstance(value, list) and isinstance(now, (list, tuple)):
                 value = type(now)(value)
             if type(now) is type(value) and now != value:
                 setattr(here[path], name, value)
