@@ -27,7 +27,7 @@ import torch
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams that may run at once; read when CUDA starts
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from cifar_finetune_model import cost, rebuild
+from cifar_finetune_model import cost, rebuild, shortcuts_of
 from cifar_finetune_train import ARCHIVE, Budget, Trainee, fastest, images, normalized, train
 from support.resnet_cifar import ResNetCifar, resnet56
 
@@ -152,6 +152,8 @@ def train_command(args: argparse.Namespace) -> None:
     if not args.part:
         failed = [e for e in entries if "failed" in e]
         (args.out / "failed.json").write_text(json.dumps(failed, indent=1))
+    if args.jobs > 1 and args.auto:
+        raise SystemExit("--auto lets every process choose for itself: with --jobs give --half and --nhwc instead")
     if args.jobs > 1 and not args.part:
         for old in args.out.glob("epochs.*"):
             old.unlink()
@@ -173,8 +175,7 @@ def base_command(args: argparse.Namespace) -> None:
     torch.save(model.state_dict(), folder / "base.pt")
     macs, parameters = cost(model)
     entry = {"name": "base", "setting": "base", "asked": 1.0, "macs": macs, "speedup": 1.0, "parameters": parameters}
-    whole = {f"layer{k}.0": [-1] * 4 * (k - 1) + list(range(8 * k)) + [-1] * 4 * (k - 1) for k in (2, 3)}
-    run_training([{**entry, "shortcuts": whole}], folder, args, lambda text: print(text, flush=True))
+    run_training([{**entry, "shortcuts": shortcuts_of(model)}], folder, args, lambda text: print(text, flush=True))
     trained = torch.load(args.out / f"trained.seed{args.seed}.pt", weights_only=True)["base"]
     torch.save(trained, args.out / "base.pt")
 

@@ -114,6 +114,15 @@ def sources(kept_in: list[int], kept_out: list[int], padding: int) -> list[int]:
     return [at.get(channel - padding, -1) for channel in kept_out]
 
 
+def shortcuts_of(model: ResNetCifar) -> dict[str, list[int]]:
+    """The sources of both padded shortcuts of a network whose blocks are those of tests/support."""
+    blocks = {name: model.get_submodule(name) for name in CHANGES}
+    return {
+        name: sources(list(range(b.conv1.in_channels)), list(range(b.conv2.out_channels)), b.padding)
+        for name, b in blocks.items()
+    }
+
+
 def cost(model: nn.Module) -> tuple[int, int]:
     """Multiply-accumulates of convolutions and linears for one image, and parameters."""
     macs = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cifar_finetune_model import CHANGES, cost, rebuild, reinitialize, sources, widths, with_convolutions
+from cifar_finetune_model import CHANGES, cost, rebuild, reinitialize, shortcuts_of, sources, widths, with_convolutions
 from support.resnet_cifar import ResNetCifar
 from torch import nn
 
@@ -127,13 +127,7 @@ def by_peer(base: ResNetCifar, share: float, setting: Setting, pairs: Pairs, see
         first, last = (count + 1, last) if attempt(low, high, count) > wanted else (first, count)
     assert best is not None
     model = best[1]
-    shortcuts: dict[str, list[int]] = {}
-    for name in CHANGES:
-        block = model.get_submodule(name)
-        padding = block.padding
-        inside, outside = block.conv1.in_channels, block.conv2.out_channels
-        shortcuts[name] = sources(list(range(inside)), list(range(outside)), padding)
-    return Pruned({k: v.detach().clone() for k, v in model.state_dict().items()}, shortcuts)
+    return Pruned({k: v.detach().clone() for k, v in model.state_dict().items()}, shortcuts_of(model))
 
 
 def _peer_once(
@@ -216,7 +210,7 @@ def prune_all(
     full = cost(base)[0]
     index = folder / "index.json"
     entries: list[dict[str, Any]] = json.loads(index.read_text()) if index.is_file() else []
-    start = _save(folder, "base", "base", 1.0, Pruned(base.state_dict(), _whole(base)), full)
+    start = _save(folder, "base", "base", 1.0, Pruned(base.state_dict(), shortcuts_of(base)), full)
     entries = [start, *(e for e in entries if e["name"] != "base")]
     for text in settings:
         setting = Setting.parse(text)
@@ -250,14 +244,6 @@ def _judge(folder: Path, entry: dict[str, Any], test: Any) -> str:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-
-
-def _whole(base: ResNetCifar) -> dict[str, list[int]]:
-    blocks = {name: base.get_submodule(name) for name in CHANGES}
-    return {
-        name: sources(list(range(b.conv1.in_channels)), list(range(b.conv2.out_channels)), b.padding)
-        for name, b in blocks.items()
-    }
 
 
 def _save(folder: Path, name: str, text: str, asked: float, pruned: Pruned, full: int) -> dict[str, Any]:
