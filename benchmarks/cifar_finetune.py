@@ -34,10 +34,9 @@ from support.resnet_cifar import ResNetCifar, resnet56
 SETTINGS = [
     "foldline:l2/uniform",
     "foldline:l2/uniform/inner",
-    "foldline:taylor/uniform",
-    "foldline:taylor/uniform/inner",
-    "foldline:taylor/isomorphic/inner",
-    "foldline:taylor/global/inner",
+    "foldline:l2/uniform/recover",
+    "foldline:l2/uniform/inner/recover",
+    "foldline:fisher/global/inner/recover",
     "foldline:random/uniform",
     "foldline:l2/uniform/scratch",
     "peer:l2/local",
@@ -45,7 +44,6 @@ SETTINGS = [
     "peer:group/global/inner",
     "peer:l2/local/rewritten",
     "peer:group/global/rewritten",
-    "peer:taylor/global/rewritten",
 ]
 
 
