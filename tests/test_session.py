@@ -193,3 +193,13 @@ def test_layers_explain_module_paths() -> None:
     text = result.report.explain("a1.0")
     assert "a1.0.weight" in text and "cut" in text
     assert torch.is_tensor(result.model(*x))
+
+
+def test_groups_are_known_by_any_member() -> None:
+    model, x = toy("residual_cnn")
+    g = next(g for g in fl.axis_groups(fl.load(model, x)) if "short.0.weight[0]" in [m.label for m in g.members])
+    names = [f"{m.weight.name}:{m.axis}" for m in g.members]
+    assert len(names) > 2
+    for name in names:
+        plan = P.prune(model, x, ratio=0.5, ignore=[name]).plan
+        assert plan.weights and 0 not in plan.axes("short.0.weight")

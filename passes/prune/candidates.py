@@ -95,9 +95,14 @@ def unmatched(what: str, option: str, patterns: Iterable[str]) -> ConstraintErro
 
 
 def matches(pattern: str, g: AxisGroup) -> bool:
-    """Whether a pattern (fnmatch) names the group, one of its weights or a module that holds one."""
-    names = [a for m in g.members for a in (m.weight.name, *m.weight.aliases)]
-    return fnmatchcase(g.name, pattern) or any(matches_name(pattern, n) for n in names)
+    """Whether a pattern (fnmatch) names the group, one of its weights or a module that holds one.
+
+    The name may be taken from any member (``weight:axis``): another capture of the model may name the group so.
+    """
+    names = [(a, m.axis) for m in g.members for a in (m.weight.name, *m.weight.aliases)]
+    if fnmatchcase(g.name, pattern) or any(fnmatchcase(f"{n}:{axis}", pattern) for n, axis in names):
+        return True
+    return any(matches_name(pattern, n) for n, _ in names)
 
 
 def matches_name(pattern: str, name: str) -> bool:
