@@ -184,10 +184,9 @@ def followers(node: Node) -> list[Node]:
 def shift_sink(op: LinearOp) -> Sink | None:
     """Where a shift of the operator's output can go, or None."""
     node, size = op.node, int(op.node.output.hint[op.channel_axis]) if op.node.output.hint else 0
-    bias = node.input(2)
-    if bias is not None:
-        ok = own_vector(bias, size) and node.attrs.get("beta", 1.0) != 0
-        return Sink(bias, 1.0 / node.attrs.get("beta", 1.0)) if ok else None
+    bias, beta = node.input(2), node.attrs.get("beta", 1.0)
+    if bias is not None and own_vector(bias, size) and beta != 0:
+        return Sink(bias, 1.0 / beta)
     value = node.output
     for reader in followers(node):
         if reader.op == "identity":

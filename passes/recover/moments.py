@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...graph.ir import Graph, Node, Value
-from .layers import LINEAR, along_channels, linear_op
+from .layers import LINEAR, along_channels, followers, linear_op
 
 NEIGHBOURS = 0.6
 """Correlation of a channel with itself one position further, assumed where nothing says more."""
@@ -211,7 +211,11 @@ def _linear(node: Node, x: Moments) -> Moments | None:
             cov += value * torch.einsum("goc,gchd,hpd->gohp", u, blocks, u).reshape(cov.shape)
     bias = _vector(node.input(2), len(mean), 0.0)
     if bias is None:
-        return None
+        # Computed at run time (exporters write a zero bias so): a batch norm knows the mean whatever it is.
+        readers = followers(node)
+        if not readers or readers[0].op != "batch_norm":
+            return None
+        bias = torch.zeros_like(mean)
     return Moments(mean + bias * node.attrs.get("beta", 1.0), cov, axis)
 
 

@@ -187,11 +187,7 @@ class _Walker:
         targets = wanted if targets is None else targets
         data = weight.numpy()
         old = op.matrix(data)
-        constant = torch.zeros(old.shape[:2], dtype=torch.float64)
-        bias = node.input(2)
-        if bias is not None and bias.const() is not None:
-            flat = np.broadcast_to(np.asarray(bias.const(), dtype=np.float64).reshape(-1), old.shape[0] * old.shape[1])
-            constant = torch.from_numpy(flat * node.attrs.get("beta", 1.0)).reshape(old.shape[:2])
+        constant = self._bias(node, old)
         folds = self._normal(op, inputs, targets, constant, old)
         solution = solve(folds, old, self.settings.ridge, sink is not None)
         if not solution.after < solution.before:
@@ -201,6 +197,15 @@ class _Walker:
             self.here.set_weight(sink.value, sink.shifted(solution.shift.reshape(-1).numpy()))
         self._record(weight.name, what, solution, sum(f.rows for f in folds))
         return True
+
+    def _bias(self, node: Node, old: Tensor) -> Tensor:
+        """What the operator adds to its product, [G, O] float64; exporters may leave it to be computed at run time."""
+        bias = node.input(2)
+        made = None if bias is None or bias.is_const else self.here.values(bias)
+        data = made[0].numpy() if made else None if bias is None else bias.const()
+        flat = np.zeros(1) if data is None else np.asarray(data, dtype=np.float64).reshape(-1)
+        flat = np.broadcast_to(flat * node.attrs.get("beta", 1.0), old.shape[0] * old.shape[1])
+        return torch.from_numpy(flat.copy()).reshape(old.shape[:2])
 
     def _normal(
         self, op: LinearOp, inputs: list[Tensor], targets: list[Tensor], constant: Tensor, old: Tensor
