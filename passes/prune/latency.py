@@ -29,6 +29,8 @@ NEAR = 0.05
 """Relative distance from a latency target within which it counts as met."""
 AIM = 0.03
 """Within this the search stops: timing again must not cross the line."""
+NOISY = 0.2
+"""Interquartile range of the pairwise ratios above which the machine is too busy for medians."""
 SPELL_MS = 3000.0
 """About how long one comparison is timed."""
 
@@ -104,14 +106,16 @@ class _Bench:
     backend: Any = None
     whole: Any = None
     before_ms: float = 0.0
-    rounds: list[dict[str, float]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         prune, ctx = self.chooser.prune, self.chooser.ctx
         self.options = {key: value for key, value in prune.backend_options.items() if key != "path"}
         self.backend = ctx.backends(prune.backend)
         self.whole = self.lower(self.chooser.groups.graph)
-        self.before_ms = float(self.whole.benchmark(runs=15, warmup=3)["median_ms"])
+        found = self.whole.benchmark(runs=15, warmup=3)
+        noisy = found["spread_ms"] > NOISY * found["median_ms"]
+        self.before_ms = float(found["min_ms" if noisy else "median_ms"])
 
     def lower(self, graph: Graph) -> Any:
         return self.backend.lower(graph, self.chooser.ctx.example_inputs, **self.options)
@@ -132,20 +136,31 @@ class _Bench:
         return LatencyTable(chooser.groups, chooser.scores, points)
 
     def measure(self, kept: Kept, predicted: float) -> float:
-        """Latency of a selection as a share of the unpruned model's, timed in turn; the rounds keep what was found."""
+        """Latency of a selection as a share of the unpruned model's, timed in turn; the rounds keep what was found.
+
+        The median ratio of the pairs; on a busy machine, where that is noise, the ratio of the fastest calls.
+        """
         artifact = self.lower(cut_clone(self.chooser.groups, kept))
         runs = int(np.clip(SPELL_MS / (2 * max(self.before_ms, 1e-3)), 11, 300))
         found = artifact.benchmark(runs=runs, warmup=5, against=self.whole)
+        share, spread = float(found["ratio"]), float(found["ratio_spread"])
+        after, before = float(found["median_ms"]), float(found["against"]["median_ms"])
+        noisy = spread > NOISY
+        if noisy:
+            after, before = float(found["min_ms"]), float(found["against"]["min_ms"])
+            share = after / before
         self.rounds.append(
             {
                 "predicted_ms": predicted,
-                "after_ms": float(found["median_ms"]),
-                "before_ms": float(found["against"]["median_ms"]),
-                "share": float(found["ratio"]),
-                "share_spread": float(found["ratio_spread"]),
+                "after_ms": after,
+                "before_ms": before,
+                "share": share,
+                "pairs": float(found["ratio"]),
+                "pairs_spread": spread,
+                "noisy": noisy,
             }
         )
-        return float(found["ratio"])
+        return share
 
 
 def settle_latency(chooser: Chooser, target: Target) -> Kept:
@@ -213,9 +228,13 @@ def _report(
             "rounds": bench.rounds,
         },
     )
+    if final["noisy"]:
+        why = f"the pairwise ratios vary by {final['pairs_spread']:.2f}: the fastest calls were compared instead"
+        chooser.decisions.append(Decision(str(target), "warned", why, {"spread": final["pairs_spread"]}))
     if abs(measured - share) > NEAR * share:
         why = (
-            f"measured at {measured:.3f} of the unpruned latency (interquartile range {final['share_spread']:.3f}), "
+            f"measured at {measured:.3f} of the unpruned latency "
+            f"(pairs vary by {final['pairs_spread']:.3f}), "
             f"{abs(measured / share - 1):.1%} {'above' if measured > share else 'below'} what was asked"
         )
         chooser.decisions.append(Decision(str(target), "missed", why, {"wanted": share, "reached": measured}))
