@@ -52,8 +52,9 @@ class Recover(Pass):
     ridge: Ridge = "auto"
     """Relative to the mean diagonal of a layer's Gram matrix; "auto": what does best on rows left out (data="moments":
     0.001)."""
-    rows: int = Field(40_000, ge=1)
-    """Output positions per layer that enter its Gram matrix at most, drawn by the run's seed."""
+    rows: int = Field(20_000, ge=1)
+    """Output positions per layer that enter its Gram matrix, at least 8 per column where there are so many; drawn by
+    the run's seed."""
     sums: bool = True
     """Whether the last operator of a residual branch also makes up for what the skip carries wrongly."""
     norms: bool = True
@@ -98,7 +99,7 @@ def recover_graph(
     *,
     data: Literal["calibration", "synthetic", "moments"] = "calibration",
     ridge: Ridge = "auto",
-    rows: int = 40_000,
+    rows: int = 20_000,
     sums: bool = True,
     norms: bool = True,
     samples: int = 256,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GRID = (1e-8, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+GRID = (1e-8, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges tried by ``ridge="auto"``."""
 CAUTIOUS = 1e-2
 """The ridge where there is only one sample, so that none can be left out."""

@@ -32,6 +32,8 @@ from .solve import Normal, Solution, solve
 
 SAME = 1e-6
 """Relative error up to which an output counts as the original's: rounding."""
+ROWS_PER_COLUMN = 8
+"""Rows drawn at least per column of a Gram matrix, where there are so many."""
 
 
 @dataclass
@@ -40,13 +42,14 @@ class Settings:
 
     Attributes:
         ridge: relative to the mean diagonal of a layer's Gram matrix, or "auto" (chosen on rows left out).
-        rows: rows (output positions, tokens) per layer that enter the Gram matrices; drawn by ``seed``.
+        rows: rows (output positions, tokens) per layer that enter the Gram matrices, more for wide layers
+            (``ROWS_PER_COLUMN``); drawn by ``seed``.
         sums: whether the last operator of a residual branch aims at the original sum.
         norms: whether normalizations whose input differs are re-estimated.
     """
 
     ridge: float | str = "auto"
-    rows: int = 40_000
+    rows: int = 20_000
     sums: bool = True
     norms: bool = True
     seed: int = 0
@@ -213,7 +216,7 @@ class _Walker:
         """Normal equations of the wanted outputs less the bias, over the rows drawn, in two halves of the samples."""
         folds = [Normal(*(old.shape[i] for i in (0, 2, 1))) for _ in range(2)]
         total = sum(op.rows_in(y) for y in targets)
-        share = min(1.0, self.settings.rows / max(total, 1))
+        share = min(1.0, max(self.settings.rows, ROWS_PER_COLUMN * old.shape[2]) / max(total, 1))
         draw = torch.Generator().manual_seed(self.settings.seed)
         for x, y in zip(inputs, targets, strict=True):
             half = (x.shape[0] + 1) // 2
