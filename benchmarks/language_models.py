@@ -8,7 +8,9 @@ does it better (``train --device cuda --steps 4000``) and the checkpoints travel
 (with 4 key-value heads: those with their query heads) and the FFN width by each criterion, with and without
 recovery; the residual width stays. torch-pruning 1.6.1 gets its LLM example's settings (heads by ``num_heads``,
 attributes set by hand afterwards), once with and once without the residual width, which the example cuts. With 4
-key-value heads its group search did not end within minutes (``--kv-heads 4``): 2 are the default.
+key-value heads its group search did not end within minutes (``--kv-heads 4``): 2 are the default. From GPT-2 as it is
+it removes nothing: it gets one whose Conv1D layers are written as nn.Linear, FFN only where the residual width stays;
+foldline gets the model as it is.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ def heads_of(model: nn.Module) -> list[tuple[int, int]]:
         if hasattr(m, "q_proj"):
             found.append((m.q_proj.weight.shape[0] // 32, m.k_proj.weight.shape[0] // 32))
         elif hasattr(m, "c_attn"):
-            found.append((m.c_attn.weight.shape[1] // 96,) * 2)
+            found.append((m.c_attn.bias.shape[0] // 96,) * 2)
     return found
 
 
@@ -134,11 +136,24 @@ def by_foldline(model: nn.Module, atoms: list[str], criterion: str, ratio: float
     return fl.Pipeline(steps).run(model, (pairs[0][0][:2],), verify=False)
 
 
+def with_linears(model: nn.Module) -> nn.Module:
+    """The same function with transformers' Conv1D layers written as nn.Linear (in place): the peer knows no Conv1D."""
+    for path, old in list(model.named_modules()):
+        if type(old).__name__ == "Conv1D":
+            new = nn.Linear(*old.weight.shape)
+            with torch.no_grad():
+                new.weight.copy_(old.weight.T)
+                new.bias.copy_(old.bias)
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
 def by_peer(model: nn.Module, ratio: float, residual: bool, importance: str, corpus: Text) -> nn.Module:
     """The peer's LLM example: local ratios, whole heads, round_to=4; attributes of the modules set by hand after it."""
     import torch_pruning as tp
 
-    model = copy.deepcopy(model)
+    model = with_linears(copy.deepcopy(model))
     heads: dict[nn.Module, int] = {}
     ignored: list[nn.Module] = [model.lm_head]
     for m in model.modules():
@@ -147,8 +162,10 @@ def by_peer(model: nn.Module, ratio: float, residual: bool, importance: str, cor
             heads[m.k_proj] = heads[m.v_proj] = model.config.num_key_value_heads
             ignored += [] if residual else [m.o_proj]
         elif hasattr(m, "c_attn"):
-            heads[m.c_attn] = model.config.n_head
-            ignored += [] if residual else [m.c_proj]
+            if residual:
+                heads[m.c_attn] = model.config.n_head
+            else:  # with its heads free it fails inside (an index beyond the split of the fused projection): FFN only
+                ignored += [m.c_attn, m.c_proj]
         elif not residual and hasattr(m, "down_proj"):
             ignored.append(m.down_proj)
         elif not residual and hasattr(m, "c_fc"):
@@ -187,7 +204,7 @@ def by_peer(model: nn.Module, ratio: float, residual: bool, importance: str, cor
         if hasattr(m, "q_proj"):
             m.num_key_value_groups = m.q_proj.out_features // m.k_proj.out_features
         elif hasattr(m, "c_attn"):
-            m.num_heads = m.c_attn.weight.shape[1] // 3 // m.head_dim
+            m.num_heads = m.c_attn.bias.shape[0] // 3 // m.head_dim
             m.split_size = m.num_heads * m.head_dim
     return model.eval()
 
