@@ -236,7 +236,7 @@ def sweep(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         model, facts = trained(shape, args.cache, args.kv_heads)
-        atoms = atoms_of(shape, args.kv_heads)
+        atoms = args.atoms or atoms_of(shape, args.kv_heads)
         full, start = block_parameters(model), perplexity(model, held_out)
         print(
             f"\n{shape}: {full:,} parameters in blocks, trained {facts['steps']} steps of {facts['batch']} x {LENGTH}"
@@ -263,7 +263,7 @@ def sweep(args: argparse.Namespace) -> None:
             if args.times:
                 print(f"  {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
         # GPT-2's configuration has one number for heads times head dim and the residual width: only the FFN may differ.
-        uniform = atoms if shape == "llama" else ["ffn"]
+        uniform = atoms_of(shape, args.kv_heads) if shape == "llama" else ["ffn"]
         try:
             print(f"\nfrom_pretrained: {round_trip(model, uniform, held_out)}", flush=True)
         except Exception as error:  # reported as a loss, the other shape still runs
@@ -323,6 +323,7 @@ def main() -> None:
     p.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     p.add_argument("--no-recover", dest="recover", action="store_false")
     p.add_argument("--peer", action="store_true")
+    p.add_argument("--atoms", nargs="+", help="what foldline cuts (default: heads and FFN), e.g. ffn alone")
     p.add_argument("--limit", type=int, default=120, help="seconds per cell")
     p.add_argument("--times", action="store_true", help="seconds of every row, on stderr")
     p.add_argument("--json", type=Path)
