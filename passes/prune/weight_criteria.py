@@ -9,7 +9,7 @@ import numpy as np
 from ...graph.groups import AxisGroup
 from .criterion import Parts, PartsFunction, criterion
 from .evidence import Evidence
-from .slabs import gains, members_that_count, slabs_of
+from .slabs import gains, members_that_count, slab_norms, slabs_of
 
 
 def of_slabs(function: Callable[[np.ndarray], np.ndarray]) -> PartsFunction:
@@ -22,19 +22,19 @@ def of_slabs(function: Callable[[np.ndarray], np.ndarray]) -> PartsFunction:
     return parts
 
 
-def l1(slabs: np.ndarray) -> np.ndarray:
+def l1(g: AxisGroup, _: Evidence) -> Parts:
     """Sum of absolute values ("Pruning Filters for Efficient ConvNets")."""
-    return np.abs(slabs).sum(axis=1, dtype=np.float64)
+    return [slab_norms(g, m, 1) for m in members_that_count(g)]
 
 
-def l2(slabs: np.ndarray) -> np.ndarray:
+def l2(g: AxisGroup, _: Evidence) -> Parts:
     """Euclidean norm; over all members of a group the criterion of "DepGraph: Towards Any Structural Pruning"."""
-    return np.sqrt(np.einsum("ij,ij->i", slabs, slabs, dtype=np.float64))
+    return [slab_norms(g, m, 2) for m in members_that_count(g)]
 
 
-def linf(slabs: np.ndarray) -> np.ndarray:
+def linf(g: AxisGroup, _: Evidence) -> Parts:
     """Largest absolute value."""
-    return np.asarray(np.abs(slabs).max(axis=1), dtype=np.float64)
+    return [slab_norms(g, m, np.inf) for m in members_that_count(g)]
 
 
 def fpgm(slabs: np.ndarray) -> np.ndarray:
@@ -66,7 +66,9 @@ def lamp(slabs: np.ndarray) -> np.ndarray:
     return scores
 
 
-for _function in (l1, l2, linf, fpgm, cosine):
+for _parts in (l1, l2, linf):
+    criterion(_parts.__name__)(_parts)
+for _function in (fpgm, cosine):
     criterion(_function.__name__)(of_slabs(_function))
 criterion("lamp", relative=False)(of_slabs(lamp))
 
@@ -75,4 +77,4 @@ criterion("lamp", relative=False)(of_slabs(lamp))
 def norm_scale(g: AxisGroup, _: Evidence) -> Parts:
     """Absolute gains of the normalizations on the indices ("Learning Efficient Convolutional Networks through Network
     Slimming"); groups without one are not judged."""
-    return [l1(slabs_of(g, m)) for m in gains(g)]
+    return [slab_norms(g, m, 1) for m in gains(g)]
