@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,14 @@ Loss: TypeAlias = str | Callable[[Any, Any], Any]
 LOSSES = ("cross_entropy", "mse")
 IGNORED = -100
 """Target index that no loss is taken at, as in torch."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def recorded(function: F) -> F:
+    """Autograd records inside the function, a generator too, whatever mode the caller is in (no_grad, inference)."""
+    return cast(F, torch.inference_mode(False)(torch.enable_grad()(function)))
 
 
 class Differentiable:
@@ -255,6 +263,7 @@ def drawn_target(output: Tensor, inputs: Mapping[str, np.ndarray], loss: str, se
     return torch.from_numpy(np.stack(drawn))
 
 
+@recorded
 def mean_gradients(
     graph: Graph,
     weights: Iterable[str],

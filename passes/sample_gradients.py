@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..graph.groups import AxisGroups
-from .gradients import Differentiable, Example, Loss, drawn_target, gradients, losses_of, no_samples
+from .gradients import Differentiable, Example, Loss, drawn_target, gradients, losses_of, no_samples, recorded
 from .sites import SampleAxis, Site, lots, sites_of, uses_as_matrix
 
 CHUNK = 1 << 26
 """Bytes of sample gradients held at a time."""
 
 
+@recorded
 def sample_gradients(
     groups: AxisGroups, weights: Iterable[str], data: Iterable[Example], loss: Loss = "cross_entropy", seed: int = 0
 ) -> Iterator[tuple[int, int, str, Tensor]]:
@@ -111,6 +112,7 @@ class Kronecker:
     right: Tensor
 
 
+@recorded
 def kronecker_factors(
     groups: AxisGroups,
     weights: Iterable[str],
@@ -157,6 +159,7 @@ def kronecker_factors(
             yield f
 
 
+@recorded
 def hessian_products(
     groups: AxisGroups,
     weights: Iterable[str],

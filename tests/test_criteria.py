@@ -389,6 +389,18 @@ def test_front_ends_agree(criterion: str) -> None:
     assert np.allclose(*found, rtol=1e-4)
 
 
+@pytest.mark.parametrize("criterion", GRADIENTS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_autograd_mode_does_not_matter(criterion: str, mode: Any) -> None:
+    model, x, y = regression()
+    groups = axis_groups(fl.load(model, (x[:2],)))
+    g = groups["a.weight:0"]
+    plain = importance(groups, [g], criterion, 0, "mean", Evidence(groups, data=[(x, y)], loss="mse"))[g]
+    with mode():
+        found = importance(groups, [g], criterion, 0, "mean", Evidence(groups, data=[(x, y)], loss="mse"))[g]
+    assert plain.any() and np.allclose(plain, found, rtol=1e-5)
+
+
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "obd_kfac", "wanda"])
 def test_the_pass_prunes_a_transformer_by_it(criterion: str) -> None:
     model, (x,) = toy("vision_transformer")

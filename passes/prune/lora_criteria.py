@@ -70,6 +70,13 @@ def lora(g: AxisGroup, evidence: Evidence) -> Parts:
 
 def adapter_importance(evidence: Evidence) -> dict[str, np.ndarray]:
     """Moving average of (G * (W + s B A))^2 by weight name, float64, in the weight's shape."""
+    from ..gradients import recorded
+
+    moving: dict[str, np.ndarray] = recorded(_steps)(evidence)
+    return moving
+
+
+def _steps(evidence: Evidence) -> dict[str, np.ndarray]:
     import torch
 
     from ..gradients import Differentiable, gradients, losses_of, no_samples
