@@ -56,6 +56,7 @@ class Chooser:
         self.classes = equal_classes(self.groups, list(self.free), prune.equal)
         self.layerwise: Layerwise | None = None
         self.outputs: Outputs | None = None
+        self.stage = 1
 
     def choose(self) -> Kept:
         """The indices that every judged group keeps."""
@@ -64,6 +65,8 @@ class Chooser:
             self._measure(target)
         if target is None:
             assert self.prune.ratio is not None
+            while self.layerwise is not None and self.stage < self.prune.stages:
+                self._look_around(self.pick(self.prune.ratio * self.stage / self.prune.stages))
             kept = self.pick(self.prune.ratio)
         elif target.metric == "latency":
             kept = settle_latency(self, target)
@@ -112,20 +115,21 @@ class Chooser:
 
     def reach_with(self, estimate: Estimate, wanted: float, target: Target) -> Reached:
         """The selection that an estimate puts closest to ``wanted``."""
+
+        def once(amount: float) -> Reached:
+            return reach(self.pick, estimate, amount, target, self.scores, self.classes)
+
         if self.layerwise is None:
-            return reach(self.pick, estimate, wanted, target, self.scores, self.classes)
-        best: Reached | None = None
-        losses: list[float] = []
+            return once(wanted)
+        whole, stages = estimate({}), self.prune.stages
+        while self.stage < stages:
+            self._look_around(once(whole * (wanted / whole) ** (self.stage / stages)).kept)
+        found = []
         for _ in range(ROUNDS):
-            found = reach(self.pick, estimate, wanted, target, self.scores, self.classes)
-            loss = self.layerwise.summed(counts_of(found.kept))
-            met = abs(found.cost - wanted) <= TOLERANCE * wanted
-            if best is None or (met and loss < min(losses)):
-                best = found
-                losses.append(loss)
-            self.layerwise.settle(counts_of(found.kept))
-        assert best is not None
-        return best
+            found.append(once(wanted))
+            self.layerwise.settle(counts_of(found[-1].kept))
+        met = [r for r in found if abs(r.cost - wanted) <= TOLERANCE * wanted]
+        return min(met or found, key=lambda r: self._distortion(r.kept))
 
     # ---- layer-adaptive ------------------------------------------------------------------------------------------
     def _measure(self, target: Target | None) -> None:
@@ -135,7 +139,7 @@ class Chooser:
             self.groups.graph, evidence.inputs() if given else None, self.prune.samples, self.ctx.seed
         )
         ladder = measure_levels(
-            self.groups, self.free, self.widths, self.outputs, self.classes, progress=self.ctx.progress
+            self.groups, self.free, self.widths, self.outputs, self.classes, None, self.ctx.progress
         )
         estimate: Estimate | None = None
         if target is not None:
@@ -152,6 +156,21 @@ class Chooser:
         if target is not None:
             self.layerwise.settle(counts_of(uniform(self.free, 0.5, self.widths)))
 
+    def _look_around(self, kept: Kept) -> None:
+        """Measure the levels anew around a milder selection: far from the whole network distortions do not add up."""
+        assert self.layerwise is not None and self.outputs is not None
+        self.layerwise.ladder = measure_levels(
+            self.groups, self.free, self.widths, self.outputs, self.classes, kept, self.ctx.progress
+        )
+        self.layerwise.settle(counts_of({g: k for g, k in kept.items() if g in self.free}))
+        self.stage += 1
+
+    def _distortion(self, kept: Kept) -> float:
+        """Of all cuts together."""
+        assert self.outputs is not None
+        cut = {g: k for g, k in kept.items() if len(k) < g.size}
+        return self.outputs.distortion(trial(self.groups, cut)) if cut else 0.0
+
     def _report_distortion(self, kept: Kept) -> None:
         assert self.layerwise is not None and self.outputs is not None
         cut = {g: k for g, k in kept.items() if len(k) < g.size and g in self.free}
@@ -160,7 +179,8 @@ class Chooser:
             "made_up_inputs": self.evidence.batches is None and self.evidence.data is None,
             "levels": sum(len(c) for c in self.layerwise.ladder.counts),
             "summed": self.layerwise.summed(counts_of(cut)),
-            "joint": self.outputs.distortion(trial(self.groups, cut)) if cut else 0.0,
+            "joint": self._distortion(kept),
+            "stages": self.stage,
             **additivity(self.groups, self.layerwise, self.outputs, self.ctx.seed),
         }
         self.details["distortion"] = facts

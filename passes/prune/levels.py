@@ -17,7 +17,7 @@ from ...graph.errors import ConstraintError
 from ...graph.execute import batches_of, run_graph, synthesize_inputs
 from ...graph.groups import AxisGroup, AxisGroups
 from ...graph.ir import Graph
-from ..allocate import Allocation, Level, Method, allocate
+from ..allocate import Level, Method, allocate
 from ..base import Progress, no_progress
 from .costs import Estimate
 from .importance import Scores
@@ -26,6 +26,8 @@ from .widths import Widths
 
 RUNGS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Shares of a group that the measured levels remove."""
+NEARBY = 2
+"""Steps from a reference level within which levels are measured anew."""
 PROBES = 6
 """Random joint selections that tell how well single distortions add up."""
 
@@ -104,7 +106,8 @@ class Ladder:
     Attributes:
         units: groups that keep the same number of indices (most of them alone).
         counts: per unit the numbers of indices kept, descending; the first is the whole group.
-        losses: per unit and level the distortion with only this unit cut.
+        losses: per unit and level the distortion with only this unit moved to it from the reference, less that of the
+            reference (the whole network at first); inf where the level is too far from the reference to be measured.
     """
 
     units: list[list[AxisGroup]]
@@ -125,26 +128,41 @@ def measure_levels(
     widths: Widths,
     outputs: Outputs,
     classes: Sequence[list[AxisGroup]] = (),
-    rungs: Sequence[float] = RUNGS,
+    around: Kept | None = None,
     progress: Progress = no_progress,
 ) -> Ladder:
-    """Distortion of the output for each unit and level, everything else whole. Runs units x levels forward passes.
+    """Distortion of the output for each unit and level, everything else whole, or as in the selection ``around``.
 
-    Within a level each group keeps its highest scores.
+    Runs units x levels forward passes; around a selection only levels up to ``NEARBY`` steps from it. Within a level
+    each group keeps its highest scores.
     """
     tied = {g for members in classes for g in members}
     units = [[g for g in c if g in scores] for c in classes] + [[g] for g in scores if g not in tied]
     units = [u for u in units if u]
     counts = [
-        sorted({u[0].size, *(widths.together(u, u[0].size * (1 - r)) for r in rungs)}, reverse=True) for u in units
+        sorted({u[0].size, *(widths.together(u, u[0].size * (1 - r)) for r in RUNGS)}, reverse=True) for u in units
     ]
+    fixed = {g: k for g, k in (around or {}).items() if len(k) < g.size}
+    base = outputs.distortion(trial(groups, fixed)) if fixed else 0.0
     losses: list[list[float]] = []
     for unit, sizes in progress(list(zip(units, counts, strict=True)), "measuring distortions"):
-        found = [0.0]
-        for n in sizes[1:]:
-            found.append(outputs.distortion(trial(groups, {g: keep_best(scores[g], n) for g in unit})))
+        now = len(fixed[unit[0]]) if unit[0] in fixed else unit[0].size
+        here = min(range(len(sizes)), key=lambda i: abs(sizes[i] - now))
+        found = []
+        for i, n in enumerate(sizes):
+            if n == now:
+                found.append(0.0)
+            elif around is not None and abs(i - here) > NEARBY:
+                found.append(float("inf"))
+            else:
+                moved = {**fixed, **{g: keep_best(scores[g], n) for g in unit}}
+                found.append(outputs.distortion(trial(groups, _cut(moved))) - base)
         losses.append(found)
     return Ladder(units, counts, losses)
+
+
+def _cut(kept: Kept) -> Kept:
+    return {g: k for g, k in kept.items() if len(k) < g.size}
 
 
 class Layerwise:
@@ -161,7 +179,7 @@ class Layerwise:
         self.estimate = estimate
         self.method = method
         self.reference: dict[AxisGroup, int] = {}
-        self.last: Allocation | None = None
+        self.first = ladder
         self.settle({})
 
     def settle(self, counts: Mapping[AxisGroup, int]) -> None:
@@ -176,15 +194,15 @@ class Layerwise:
 
     def choose(self, t: float) -> Kept:
         """The selection of least summed distortion at a budget; indices by score."""
-        most = sum(max(c) for c in self.costs)
-        least = sum(min(c) for c in self.costs)
-        items = {
-            str(i): [Level(c, x) for c, x in zip(costs, losses, strict=True)]
-            for i, (costs, losses) in enumerate(zip(self.costs, self.ladder.losses, strict=True))
-        }
-        self.last = allocate(items, least + (1 - t) * (most - least), method=self.method)
-        picked = [self.last.levels[str(i)] for i in range(len(items))]
-        return self.at(picked)
+        known = [
+            [(i, Level(c, x)) for i, (c, x) in enumerate(zip(costs, losses, strict=True)) if np.isfinite(x)]
+            for costs, losses in zip(self.costs, self.ladder.losses, strict=True)
+        ]
+        items = {str(u): [level for _, level in levels] for u, levels in enumerate(known)}
+        most = sum(max(float(x.cost) for x in levels) for levels in items.values())  # type: ignore[arg-type]
+        least = sum(min(float(x.cost) for x in levels) for levels in items.values())  # type: ignore[arg-type]
+        found = allocate(items, least + (1 - t) * (most - least), method=self.method)
+        return self.at([levels[found.levels[str(u)]][0] for u, levels in enumerate(known)])
 
     def at(self, levels: Sequence[int]) -> Kept:
         """The selection with each unit at the given level."""
@@ -194,15 +212,15 @@ class Layerwise:
         return {g: kept[g] for g in self.scores if g in kept}
 
     def summed(self, counts: Mapping[AxisGroup, int]) -> float:
-        """Sum of the single distortions of a selection, linear between measured levels."""
+        """Sum of the single distortions of a selection (of the whole network), linear between measured levels."""
         total = 0.0
-        for unit, sizes, losses in zip(self.ladder.units, self.ladder.counts, self.ladder.losses, strict=True):
+        for unit, sizes, losses in zip(self.first.units, self.first.counts, self.first.losses, strict=True):
             n = counts.get(unit[0], unit[0].size)
             total += float(np.interp(n, sizes[::-1], losses[::-1]))
         return total
 
 
-def additivity(groups: AxisGroups, layerwise: Layerwise, outputs: Outputs, seed: int) -> dict[str, float]:
+def additivity(groups: AxisGroups, layerwise: Layerwise, outputs: Outputs, seed: int) -> dict[str, Any]:
     """Correlation of joint with summed distortion over random selections (logarithms; both span decades)."""
     rng = np.random.default_rng(seed)
     joint, summed = [], []
@@ -213,29 +231,69 @@ def additivity(groups: AxisGroups, layerwise: Layerwise, outputs: Outputs, seed:
             joint.append(outputs.distortion(trial(groups, kept)))
             summed.append(layerwise.summed({g: len(k) for g, k in kept.items()}))
     if len(joint) < 3 or min(joint) <= 0 or min(summed) <= 0 or np.ptp(np.log(summed)) == 0:
-        return {"probes": float(len(joint))}
+        return {"probes": len(joint)}
     correlation = float(np.corrcoef(np.log(joint), np.log(summed))[0, 1])
-    return {"correlation": correlation, "probes": float(len(joint))}
+    return {"correlation": correlation, "probes": len(joint)}
 
 
 # ---- levels of single weights --------------------------------------------------------------------------------------
+SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96)
+
+
 def weight_levels(
     graph: Graph,
     names: Sequence[str],
-    sparsities: Sequence[float],
     outputs: Outputs,
+    sparsities: Sequence[float] = SPARSITIES,
+    around: Mapping[str, float] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, list[Level]]:
-    """Per weight and sparsity (elements kept, distortion with only this weight thinned by magnitude), for allocate."""
+    """Per weight and sparsity (elements kept, distortion) for :func:`~foldline.passes.allocate.allocate`.
+
+    Only this weight is thinned, by magnitude, the others being whole or as sparse as in ``around``; then the loss is
+    the change against that, and levels further than ``NEARBY`` steps from it are left out.
+    """
     found: dict[str, list[Level]] = {}
+    base = outputs.distortion(thinned(graph, around)) if around else 0.0
     for name in progress(list(names), "measuring distortions"):
         size = graph.weight(name).size
+        now = (around or {}).get(name, 0.0)
+        here = min(range(len(sparsities)), key=lambda i: abs(sparsities[i] - now))
         found[name] = []
-        for s in sparsities:
-            gone = round(s * size)
-            loss = outputs.distortion(thinned(graph, {name: s})) if gone else 0.0
-            found[name].append(Level(float(size - gone), loss))
+        for i, s in enumerate(sparsities):
+            if around is not None and abs(i - here) > NEARBY:
+                continue
+            loss = 0.0 if s == now else outputs.distortion(thinned(graph, {**(around or {}), name: s})) - base
+            found[name].append(Level(float(size - round(s * size)), loss))
     return found
+
+
+def allocate_sparsity(
+    graph: Graph,
+    names: Sequence[str],
+    sparsity: float,
+    outputs: Outputs,
+    *,
+    stages: int = 1,
+    method: Method = "dp",
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """The sparsity of each named weight under which all together have the share ``sparsity`` of zeros.
+
+    One stage is the paper's method. More stages go there over milder sparsities (the share kept falls geometrically)
+    and measure anew around each: beyond about two thirds of zeros single distortions no longer tell the joint one.
+    """
+    sizes = {n: graph.weight(n).size for n in names}
+    total = sum(sizes.values())
+    around: dict[str, float] | None = None
+    for stage in range(1, stages + 1):
+        keep = (1 - sparsity) ** (stage / stages)
+        levels = weight_levels(graph, names, outputs, around=around, progress=progress)
+        found = allocate(levels, max(keep * total, sum(min(x.cost for x in v) for v in levels.values())), method=method)
+        around = {n: 1 - float(levels[n][i].cost) / sizes[n] for n, i in found.levels.items()}  # type: ignore[arg-type]
+        around = {n: min(SPARSITIES, key=lambda s: abs(s - x)) for n, x in around.items()}
+    assert around is not None
+    return around
 
 
 def thinned(graph: Graph, sparsity: Mapping[str, float]) -> Graph:

@@ -91,6 +91,9 @@ class Prune(Pass):
     of kinds ("heads", "head_dim*") and name patterns; what a configuration with one number for all layers needs."""
     samples: int = Field(64, ge=1)
     """Inputs that scope "layerwise" looks at."""
+    stages: int = Field(1, ge=1)
+    """Scope "layerwise": 1 measures around the whole network only; more go to the target over that many milder
+    selections and measure anew around each, which takes as many times longer and pays where much is cut."""
     solver: Literal["dp", "milp"] = "dp"
     """How scope "layerwise" allocates: dynamic programming, or an exact integer program."""
     backend: str = "onnxruntime"
