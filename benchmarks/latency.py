@@ -27,6 +27,7 @@ SCOPES = ("uniform", "isomorphic", "global")
 
 def build(name: str) -> tuple[Any, tuple[Any, ...]]:
     import torch
+
     from tests.support.timm_models import create
 
     torch.manual_seed(0)
@@ -41,7 +42,7 @@ def lower(model: Any, inputs: Any, threads: int) -> Any:
 
 
 def peer(name: str) -> Any:
-    """torch-pruning's MetaPruner with L2 importance at the uniform ratio that leaves half the MACs, blocks of 8."""
+    """torch-pruning's BasePruner with L2 importance at the uniform ratio that leaves half the MACs, blocks of 8."""
     import torch
     import torch_pruning as tp
 
@@ -52,10 +53,10 @@ def peer(name: str) -> Any:
         heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
         before, _ = tp.utils.count_ops_and_params(model, inputs[0])
         last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
-        pruner = tp.pruner.MetaPruner(
+        pruner = tp.pruner.BasePruner(
             model,
             inputs[0],
-            importance=tp.importance.GroupNormImportance(p=2),
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio,
             ignored_layers=[last],
             round_to=8,
