@@ -17,9 +17,10 @@ from torch import nn
 
 
 def described(groups: AxisGroups) -> set[Any]:
-    """Every group as where it occurs and what may be done to it; names of groups may differ."""
+    """Every group as where it occurs and what may be done to it."""
     return {
         (
+            g.name,
             g.size,
             g.nested,
             g.exact,

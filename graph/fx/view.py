@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ConstraintError
 from ..ir import Dim, Graph, Node, Value, Weight
+from .copying import copy_view
 from .functional import Pure
 from .ops import Call, Slot, Spec, dtype_name, native_name, read
 from .record import Recorded
@@ -68,7 +69,7 @@ class FXView(Graph):
         self._value_of: dict[fx.Node, Value] = {}
         self.name = type(found.module).__name__ if found.module is not None else "graph"
         if like is not None:
-            self._copy_from(like)
+            copy_view(self, like)
             return
         assert pure is not None
         self.fx = pure.graph
@@ -109,6 +110,14 @@ class FXView(Graph):
             self.tensors[name] = tensor
             self.kinds[name] = kind
             self.alias_names[name] = tuple(aliases)
+        self._sort_weights(canonical.values(), {n: i for i, found in enumerate(names.values()) for n in found})
+
+    def _sort_weights(self, nodes: Iterable[fx.Node], order: dict[str, int]) -> None:
+        """Weights in the order in which the module defines them, however it was captured: groups are named by it."""
+        first = next((n for n in self.fx.nodes if n.op not in ("placeholder", "get_attr")), None)
+        if first is not None:
+            for node in sorted(nodes, key=lambda n: order[str(n.target)]):
+                first.prepend(node)
 
     def _build(self, names: dict[fx.Node, str]) -> None:
         """Make canonical nodes and values from the fx graph; ``names`` keeps value names over a clone."""
@@ -324,54 +333,6 @@ class FXView(Graph):
             return leaf not in module.get_submodule(path)._non_persistent_buffers_set
         except AttributeError:
             return True
-
-    def _copy_from(self, like: FXView) -> None:
-        self.fx = fx.Graph()
-        env: dict[fx.Node, fx.Node] = {}
-        for node in like.fx.nodes:
-            env[node] = self.fx.node_copy(node, lambda n: env[n])
-            env[node].meta = dict(node.meta)
-        self.tensors, self.kinds = dict(like.tensors), dict(like.kinds)
-        self.submodules = dict(like.submodules)
-        self.alias_names, self.changed = dict(like.alias_names), set(like.changed)
-        self.sizes, self.notes, self.name = dict(like.sizes), list(like.notes), like.name
-        self.in_spec, self.out_spec, self.mode = like.in_spec, like.out_spec, like.mode
-        self._copy_view(like, env)
-        self._seen_used = set(like._seen_used)
-        self._dirty = {env[n] for n in like._dirty if n in env}
-        self.pristine, self.originals, self.loaded_names = like.pristine, like.originals, like.loaded_names
-        self.given = set(like.given)
-        self.kept, self.rewritten = {n: dict(axes) for n, axes in like.kept.items()}, like.rewritten
-
-    def _copy_view(self, like: FXView, env: dict[fx.Node, fx.Node]) -> None:
-        """The canonical nodes and values over the copied fx graph; nothing is read anew."""
-        twins: dict[int, Value] = {}
-        for v in [*like.values.values(), *like._value_of.values()]:
-            if id(v) in twins:
-                continue
-            native = None if v.native is None else env[v.native]
-            twin = Value(v.name, v.shape, v.hint, v.dtype, index=v.index, literal=v.literal, native=native)
-            twin.is_input, twin.is_output = v.is_input, v.is_output
-            twins[id(v)] = twin
-        for v in like._value_of.values():
-            self._value_of[env[v.native]] = twins[id(v)]
-        self.values = {name: twins[id(v)] for name, v in like.values.items()}
-        self.inputs, self.outputs = [twins[id(v)] for v in like.inputs], [twins[id(v)] for v in like.outputs]
-        for name, w in like.weights.items():
-            value = twins[id(w.value)]
-            self.weights[name] = self._weight(name, value, w.shape, w.dtype, w.trainable)
-
-        def twin_of(v: Value | None) -> Value | None:
-            return None if v is None else twins[id(v)]
-
-        for n in like.nodes:
-            outputs = [twins[id(v)] for v in n.outputs]
-            made = Node(n.name, n.op, [twin_of(v) for v in n.inputs], outputs, dict(n.attrs))
-            made.dynamic, made.captured = [twins[id(v)] for v in n.dynamic], [twins[id(v)] for v in n.captured]
-            made.scope, made.origin, made.location, made.native = n.scope, n.origin, n.location, env[n.native]
-            self._node_of[made.native] = made
-            self.nodes.append(made)
-        self._relink()
 
     # ---- calls ------------------------------------------------------------------------------------------------
     def bind_tensors(self, batch: Any) -> dict[str, torch.Tensor]:
