@@ -110,7 +110,7 @@ def ours(subject: Subject, removed: float, args: argparse.Namespace, made: list[
     steps = {
         "sliced": None,
         "calibration": P.Recover(),
-        "synthetic": P.Recover(calibration=made),
+        "synthetic": P.Recover(data="synthetic", calibration=made),
         "moments": P.Recover(data="moments"),
     }
     for name, recover in steps.items():

@@ -46,9 +46,10 @@ class Recover(Pass):
 
     data: Literal["calibration", "synthetic", "moments"] = "calibration"
     """"calibration": typical inputs; "synthetic": inputs made until batch norms see what they remember (noise where
-    there are none); "moments": no forward run, only the statistics that norms store."""
+    there are none), on top of "moments"; "moments": no forward run, only the statistics that norms store."""
     calibration: Any = None
-    """Batches of model inputs for data="calibration" (those of the run, if None)."""
+    """Batches of model inputs for data="calibration" (those of the run, if None); for data="synthetic" inputs made
+    before with ``synthetic_inputs``, which depend on the original alone and serve for any ratio."""
     ridge: Ridge = "auto"
     """Relative to the mean diagonal of a layer's Gram matrix; "auto": what does best on rows left out (data="moments":
     0.001)."""
@@ -79,6 +80,8 @@ class Recover(Pass):
         batches: Iterable[Any] = ()
         if self.data == "calibration":
             batches = self.batches(ctx)
+        elif self.data == "synthetic" and self.calibration is not None:
+            batches = self.calibration
         found = recover_graph(
             graph, ctx.reference, batches, data=self.data, ridge=self.ridge, rows=self.rows, sums=self.sums,
             norms=self.norms, samples=self.samples, steps=self.steps, seed=ctx.seed, progress=ctx.progress,
@@ -112,7 +115,8 @@ def recover_graph(
     Args:
         graph: the pruned graph; its nodes have the names they have in ``reference.graph``.
         reference: the graph before the cut and what the cut kept (``ctx.reference``).
-        batches: model inputs as ``Graph.bind`` takes them (data="calibration").
+        batches: model inputs as ``Graph.bind`` takes them (data="calibration"), or made-up ones (data="synthetic",
+            made here if there are none).
 
     Returns:
         Decisions, and per corrected weight (relative error before, after).
@@ -120,5 +124,7 @@ def recover_graph(
     if data == "moments":
         return absorb(graph, reference, MOMENTS_RIDGE if ridge == "auto" else float(ridge))
     if data == "synthetic":
-        batches = synthetic_inputs(reference.graph, samples, steps=steps, seed=seed, progress=progress)
+        # Made-up inputs say less than real ones: what they say is fitted on top of what the norms' moments say.
+        absorb(graph, reference, MOMENTS_RIDGE)
+        batches = batches or synthetic_inputs(reference.graph, samples, steps=steps, seed=seed, progress=progress)
     return walk(graph, reference, batches, Settings(ridge, rows, sums, norms, seed, progress))
