@@ -18,7 +18,7 @@ from foldline import passes as P
 from foldline.passes import registry
 from foldline.passes.order import legal_order
 from support.toygraph import ToyGraph, toy
-from support.toypasses import ALL, Break, Cut, Fail, NeedsInt, Round, Swap
+from support.toypasses import ALL, Break, Fail, NeedsInt, Round, Swap, ToyCut
 
 X = np.random.default_rng(5).standard_normal((3, 6)).astype(np.float32)
 
@@ -50,7 +50,7 @@ def test_exact_pass_is_verified_and_the_input_graph_is_untouched() -> None:
 
 def test_a_pass_that_breaks_its_promise_is_stopped_and_named() -> None:
     with pytest.raises(fl.VerificationError) as caught:
-        fl.Pipeline([Cut(), Swap(wrong=True)]).run(toy(6, 8, 4), X)
+        fl.Pipeline([ToyCut(), Swap(wrong=True)]).run(toy(6, 8, 4), X)
     assert caught.value.pass_name == "toyswap (2 of 2)"
     assert "toyswap (2 of 2)" in str(caught.value) and "fc0" in str(caught.value)
     assert caught.value.expected is not None and caught.value.found is not None
@@ -67,11 +67,11 @@ def test_rtol_loosens_the_bound() -> None:
 
 
 def test_approximate_pass_is_measured_on_the_real_inputs_alone() -> None:
-    record = fl.Pipeline([Cut()]).run(toy(6, 8, 4), X).report.passes[0]
+    record = fl.Pipeline([ToyCut()]).run(toy(6, 8, 4), X).report.passes[0]
     assert record.compared_on == ["example"]
     measured = record.comparison["outputs"]["fc1"]
     graph = toy(6, 8, 4)
-    cut = fl.Pipeline([Cut()]).run(graph, X, verify=False).graph
+    cut = fl.Pipeline([ToyCut()]).run(graph, X, verify=False).graph
     a, b = run(graph, X).astype(float), run(cut, X).astype(float)
     assert measured["sqnr_db"] == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), rel=1e-4)
     assert measured["max_abs"] == pytest.approx(np.abs(a - b).max(), rel=1e-4)
@@ -79,7 +79,7 @@ def test_approximate_pass_is_measured_on_the_real_inputs_alone() -> None:
 
 def test_plans_compose_in_terms_of_the_model_that_came_in() -> None:
     graph = toy(6, 12, 4)
-    result = fl.Pipeline([Cut(step=2), Cut(step=3)]).run(graph, X)
+    result = fl.Pipeline([ToyCut(step=2), ToyCut(step=3)]).run(graph, X)
     assert result.plan.weights["fc0.weight"] == {0: [0, 6]}
     assert result.plan.shapes["fc0.weight"] == [12, 6]
     direct = np.take(graph.data["fc0.weight"], [0, 6], 0)
@@ -135,17 +135,17 @@ def test_inplace_is_for_modules_only() -> None:
 
 
 def test_pass_as_function() -> None:
-    result = P.as_function(Cut)(toy(6, 8, 4), X, step=4)
+    result = P.as_function(ToyCut)(toy(6, 8, 4), X, step=4)
     assert result.report.after.parameters < result.report.before.parameters
     assert result.plan.weights["fc0.bias"] == {0: [0, 4]}
     with pytest.raises(fl.ConfigError, match="no option 'stepp'"):
-        P.as_function(Cut)(toy(6, 8, 4), stepp=4)
+        P.as_function(ToyCut)(toy(6, 8, 4), stepp=4)
 
 
 # ---- order --------------------------------------------------------------------------------------------------
 def test_order_conflict_names_both_passes_and_the_legal_order() -> None:
     with pytest.raises(fl.ConstraintError) as caught:
-        fl.Pipeline([Swap(), Round(), Cut()])
+        fl.Pipeline([Swap(), Round(), ToyCut()])
     text = str(caught.value)
     assert "'toycut'" in text and "'toyround'" in text and "'float'" in text
     assert caught.value.hint == "legal order: toyswap, toycut, toyround"
@@ -166,7 +166,7 @@ def test_contradiction_without_any_legal_order() -> None:
 
 
 def test_legal_order_search_finishes_on_many_passes() -> None:
-    steps = [Cut() for _ in range(14)]
+    steps = [ToyCut() for _ in range(14)]
     assert legal_order([Round(), *steps], frozenset({"float"}))[-1].name == "toyround"
     assert legal_order([Round(), Round(), *steps], frozenset({"float"})) is None
 
@@ -191,7 +191,7 @@ def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
         path.write_text(json.dumps(PIPE) if suffix == ".json" else yaml.safe_dump(PIPE))
     pipe = fl.Pipeline.from_file(path)
     assert pipe.to_dict() == PIPE
-    assert fl.Pipeline.from_dict(yaml.safe_load(pipe.to_yaml())).passes == (Swap(), Cut(step=4))
+    assert fl.Pipeline.from_dict(yaml.safe_load(pipe.to_yaml())).passes == (Swap(), ToyCut(step=4))
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ def test_schema_accepts_and_refuses_what_the_parser_does() -> None:
     assert set(registry.names()) == {next(iter(e["properties"])) for e in entries[1:]}
     for reference in json.dumps(schema).split('"#/$defs/')[1:]:
         assert reference.split('"')[0] in schema["$defs"]
-    assert schema["$defs"]["Cut"]["additionalProperties"] is False
-    assert schema["$defs"]["Cut"]["properties"]["step"]["description"] == "Keep every step-th unit."
+    assert schema["$defs"]["ToyCut"]["additionalProperties"] is False
+    assert schema["$defs"]["ToyCut"]["properties"]["step"]["description"] == "Keep every step-th unit."
 
 
 def test_registry_refuses_a_name_that_is_taken() -> None:
@@ -282,15 +282,15 @@ def test_registry_refuses_a_name_that_is_taken() -> None:
 def test_third_parties_add_passes_through_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_local", {})
     points = {
-        "toycut": EntryPoint("toycut", "support.toypasses:Cut", registry.GROUP),
+        "toycut": EntryPoint("toycut", "support.toypasses:ToyCut", registry.GROUP),
         "toyother": EntryPoint("toyother", "support.toypasses:Swap", registry.GROUP),
-        "toygone": EntryPoint("toygone", "support.absent:Cut", registry.GROUP),
+        "toygone": EntryPoint("toygone", "support.absent:ToyCut", registry.GROUP),
         "toyjunk": EntryPoint("toyjunk", "support.toygraph:toy", registry.GROUP),
     }
     monkeypatch.setattr(registry, "_third_party", lambda: points)
-    assert registry.get("toycut") is Cut and P.get("toycut") is Cut
+    assert registry.get("toycut") is ToyCut and P.get("toycut") is ToyCut
     assert P.toycut(toy(6, 8, 4), X, step=4).plan.weights["fc0.bias"] == {0: [0, 4]}
-    assert fl.Pipeline.from_dict({"passes": [{"toycut": {"step": 4}}]}).passes == (Cut(step=4),)
+    assert fl.Pipeline.from_dict({"passes": [{"toycut": {"step": 4}}]}).passes == (ToyCut(step=4),)
     monkeypatch.delattr(P, "toycut")
     for name, words in (
         ("toyother", "must be its entry point's"),

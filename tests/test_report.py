@@ -16,13 +16,13 @@ import torch
 from foldline import passes as P
 from foldline.passes.report import change, count, jsonable, size
 from support.toygraph import toy
-from support.toypasses import Cut, Round, Swap
+from support.toypasses import Round, Swap, ToyCut
 
 X = np.random.default_rng(5).standard_normal((3, 6)).astype(np.float32)
 
 
 def made(**options: Any) -> P.Result:
-    steps = [Swap(), Cut(step=2), Round(calibration=[X])]
+    steps = [Swap(), ToyCut(step=2), Round(calibration=[X])]
     return fl.Pipeline(steps, name="compress", **options).run(toy(6, 8, 4), X)
 
 
@@ -139,7 +139,7 @@ def test_html_bars_have_lengths_in_proportion() -> None:
 def test_html_escapes_what_models_call_themselves() -> None:
     graph = toy(6, 8, 4)
     graph.name = "<script>alert(1)</script>"
-    html = fl.Pipeline([Cut()], name="a<b>").run(graph, X).report.html()
+    html = fl.Pipeline([ToyCut()], name="a<b>").run(graph, X).report.html()
     assert "<script>alert" not in html and "<b>" not in html.split("Pipeline")[1].split("model")[0].replace("<b>a", "")
     Page(html)
 

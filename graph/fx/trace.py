@@ -102,7 +102,7 @@ def copied_with(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Mod
 
 def _copy(item: Any, memo: dict[int, Any]) -> Any:
     """copy.deepcopy, with the plain cases (which are nearly all of a module tree) done here: several times faster."""
-    kind = type(item)
+    kind: Any = type(item)
     if kind in _ATOMS:
         return item
     known = memo.get(id(item))
@@ -311,13 +311,13 @@ def capture(
             hint="call fl.load(model, example_inputs)",
         )
     known = describe(model, example_inputs)
-    model, args, kwargs, notes = known.module, known.args, known.kwargs, known.notes
-    assert model is not None
+    bare, args, kwargs, notes = known.module, known.args, known.kwargs, known.notes
+    assert bare is not None
     try:
-        twin: nn.Module | None = structural_copy(model)
+        twin: nn.Module | None = structural_copy(bare)
     except Exception:
         twin = None  # a module that cannot be copied is traced in place, its flags restored
-    with _EvalView(model if twin is None else twin) as traced:
+    with _EvalView(bare if twin is None else twin) as traced:
         try:
             found = None
             if dynamic_shapes is None and dynamic_batch:
@@ -327,7 +327,7 @@ def capture(
             _run_eagerly(traced, args, kwargs)
             raise TraceError(
                 f"the model cannot be traced: {_first_line(error)}",
-                node=user_line(error) or type(model).__name__,
+                node=user_line(error) or type(bare).__name__,
                 found=type(error).__name__,
                 hint="avoid Python control flow on tensor values, .item() and in-forward mutation on that line "
                 "(torch.cond, torch.where), or export the model yourself and pass the ExportedProgram",

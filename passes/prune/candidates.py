@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -164,10 +165,8 @@ def _node_types(graph: Graph, node: Node) -> Iterator[str]:
     module = getattr(getattr(graph, "source", None), "module", None)
     path = node.scope
     while module is not None and path:
-        try:
+        with suppress(AttributeError):  # a scope may name a call, not a module of the tree
             yield type(module.get_submodule(path)).__name__
-        except AttributeError:  # a scope that names a call, not a module of the tree
-            pass
         path = path.rpartition(".")[0]
 
 

@@ -25,7 +25,7 @@ class Swap(P.Pass):
         return P.Outcome([P.Decision("fc0", "permuted", "the order of hidden units is free", {"order": order})])
 
 
-class Cut(P.Pass):
+class ToyCut(P.Pass):
     """Keep every ``step``-th unit of the first hidden layer."""
 
     name: ClassVar[str] = "toycut"
@@ -102,4 +102,4 @@ class NeedsInt(P.Pass):
         return P.Outcome()
 
 
-ALL = (Swap, Cut, Round, Fail, Break, NeedsInt)
+ALL = (Swap, ToyCut, Round, Fail, Break, NeedsInt)
