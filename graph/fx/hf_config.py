@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -250,7 +251,7 @@ class _Fit:
         try:
             for name, value in found.items():
                 set_entry(config, name, value)
-            with torch.random.fork_rng(devices=[]), _parameters_on_meta():
+            with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _uninitialised():
                 built: nn.Module = type(self.module)(config)
                 return built
         except Exception:  # user code: a width that is no multiple of the heads, a class with other arguments
@@ -340,6 +341,13 @@ def _apart(wanted: tuple[int, ...], have: tuple[int, ...] | None) -> int:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, int) else tuple(value)
+
+
+def _uninitialised() -> AbstractContextManager[Any]:
+    """transformers' own context in which parameters get no random values, where it has one."""
+    library = sys.modules.get("transformers.initialization")
+    skip = getattr(library, "no_init_weights", None)
+    return nullcontext() if skip is None else skip()
 
 
 @contextmanager
