@@ -17,7 +17,8 @@ from foldline.graph.groups import AxisGroup, AxisGroups, axis_groups
 from foldline.graph.preview import preview_cost
 from foldline.passes.prune.costs import CostTable, counts_of
 from foldline.passes.prune.kinds import kinds
-from foldline.passes.prune.levels import Outputs, allocate_sparsity, thinned, weight_levels
+from foldline.passes.prune.levels import Outputs
+from foldline.passes.prune.sparsity_levels import allocate_sparsity, erk, lamp, thinned, uniform, weight_levels
 from foldline.passes.prune.widths import Widths
 from foldline.passes.targets import Target
 from hypothesis import given, settings
@@ -362,29 +363,6 @@ def test_layerwise_loses_less_than_uniform_on_resnet20() -> None:
     assert losses["layerwise"] <= losses["uniform"]
 
 
-def erk(sizes: dict[str, tuple[int, ...]], keep: float) -> dict[str, float]:
-    """Erdos-Renyi-kernel densities: proportional to sum(dims) / prod(dims), clipped at 1, of the right total."""
-    total = sum(int(np.prod(s)) for s in sizes.values())
-    dense: set[str] = set()
-    while True:
-        raw = {n: sum(s) / np.prod(s) for n, s in sizes.items() if n not in dense}
-        left = keep * total - sum(np.prod(sizes[n]) for n in dense)
-        scale = left / sum(r * np.prod(sizes[n]) for n, r in raw.items())
-        over = {n for n, r in raw.items() if scale * r > 1}
-        if not over:
-            return {n: 1.0 if n in dense else float(scale * raw[n]) for n in sizes}
-        dense |= over
-
-
-def lamp(weights: dict[str, np.ndarray], keep: float) -> dict[str, float]:
-    """Densities of LAMP: squared weights over the sum of all squares of the layer that are not smaller, ranked."""
-    scores = {n: np.sort(w.ravel().astype(np.float64) ** 2) for n, w in weights.items()}
-    scores = {n: s / np.cumsum(s[::-1])[::-1] for n, s in scores.items()}
-    every = np.sort(np.concatenate(list(scores.values())))
-    bar = every[len(every) - round(keep * len(every))]
-    return {n: float((s >= bar).mean()) for n, s in scores.items()}
-
-
 @pytest.mark.slow
 def test_sparsity_by_measured_distortion_beats_uniform_erk_and_lamp_untuned() -> None:
     """F3-01 on ResNet-20 at 80 to 90 % zeros, judged by the distortion of the logits on images not allocated by."""
@@ -393,30 +371,45 @@ def test_sparsity_by_measured_distortion_beats_uniform_erk_and_lamp_untuned() ->
     held, _ = cifar10("test", 250)
     graph = fl.load(model, (images,))
     names = [n for n, w in graph.weights.items() if len(w.shape) > 1 and w.kind == "parameter"]
-    weights = {n: graph.weight(n).numpy() for n in names}
+    sizes = {n: graph.weight(n).size for n in names}
     outputs, judge = Outputs(graph, [(images,)]), Outputs(graph, [(held,)], samples=250)
-    total = sum(w.size for w in weights.values())
     for sparsity in (0.8, 0.9):
         ours = allocate_sparsity(graph, names, sparsity, outputs, stages=6)
-        zeros = sum(round(s * weights[n].size) for n, s in ours.items()) / total
-        assert abs(zeros - sparsity) < 0.01
-        rivals = {
-            "uniform": dict.fromkeys(names, sparsity),
-            "erk": {n: 1 - d for n, d in erk({n: w.shape for n, w in weights.items()}, 1 - sparsity).items()},
-            "lamp": {n: 1 - d for n, d in lamp(weights, 1 - sparsity).items()},
-        }
+        kept = sum(round(d * sizes[n]) for n, d in ours.items()) / sum(sizes.values())
+        assert kept == pytest.approx(1 - sparsity, abs=0.005)
         mine = judge.distortion(thinned(graph, ours))
-        for name, other in rivals.items():
-            assert mine <= judge.distortion(thinned(graph, other)), (sparsity, name)
+        for rule in (uniform, erk, lamp):
+            assert mine <= judge.distortion(thinned(graph, rule(graph, names, sparsity))), (sparsity, rule.__name__)
+
+
+@pytest.mark.parametrize("rule", [uniform, erk, lamp])
+def test_rules_keep_the_right_total(rule: Any) -> None:
+    graph = resnet_groups().graph
+    names = [n for n, w in graph.weights.items() if len(w.shape) > 1 and w.kind == "parameter"]
+    sizes = {n: graph.weight(n).size for n in names}
+    densities = rule(graph, names, 0.9)
+    assert sum(d * sizes[n] for n, d in densities.items()) == pytest.approx(0.1 * sum(sizes.values()), rel=1e-3)
+    assert all(0 < d <= 1 for d in densities.values())
+
+
+def test_erk_clips_until_the_total_fits() -> None:
+    widths = (64, 128, 256, 512)
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip((3, *widths), widths, strict=False)]
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)).eval()
+    graph = fl.load(model, (torch.randn(2, 3, 8, 8),))
+    names = [n for n, w in graph.weights.items() if len(w.shape) > 1]
+    found = [round(d, 3) for d in erk(graph, names, 0.9).values()]
+    assert found[0] == found[-1] == 1.0 and found[1:-1] == sorted(found[1:-1], reverse=True)
 
 
 def test_thinned_sets_the_smallest_elements_to_zero() -> None:
     model, x = toy("norm_mlp")
     graph = fl.load(model, x)
-    thin = thinned(graph, {"layers.0.weight": 0.25})
-    before, after = graph.weight("layers.0.weight").numpy(), thin.weight("layers.0.weight").numpy()
-    assert (after == 0).sum() == round(0.25 * before.size)
+    name = "layers.0.weight"
+    thin = thinned(graph, {name: 0.75})
+    before, after = graph.weight(name).numpy(), thin.weight(name).numpy()
+    assert (after == 0).sum() == before.size - round(0.75 * before.size)
     assert np.abs(before[after == 0]).max() <= np.abs(after[after != 0]).min()
-    outputs = Outputs(graph, [x])
-    levels = weight_levels(graph, ["layers.0.weight"], outputs, (0.0, 0.5, 0.9))["layers.0.weight"]
+    levels = weight_levels(graph, {name: (1.0, 0.5, 0.1)}, Outputs(graph, [x]))[name]
     assert levels[0] == (before.size, 0.0) and levels[0].loss < levels[1].loss < levels[2].loss
