@@ -292,7 +292,7 @@ class _Walker:
         xx, xy, yy = (m.reshape(-1) for m in normal.moments(True))
         growth = (yy / xx.clamp_min(1e-30)).sqrt()
         growth = torch.where((xx > 1e-12) & (yy > 1e-12), growth, torch.ones((), dtype=growth.dtype)).clamp(0.1, 10)
-        # output = factor * (x - mean) + bias: with factor' = factor * growth the running variance shrinks by its square.
+        # output = factor * (x - mean) + bias: a factor that grows by growth has a variance smaller by its square.
         old_mean, old_var = (np.asarray(v.const(), dtype=np.float64) for v in (mean, var))
         new_var = (old_var + node.attrs["eps"]) / growth.numpy() ** 2 - node.attrs["eps"]
         new_var = np.maximum(new_var, 1e-12)
