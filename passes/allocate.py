@@ -26,6 +26,11 @@ class Level(NamedTuple):
     cost: float | tuple[float, ...]
     loss: float
 
+    @property
+    def single(self) -> float:
+        """The cost where there is one budget."""
+        return float(np.asarray(self.cost, dtype=np.float64).reshape(()))
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -207,7 +212,7 @@ def _milp(costs: list[np.ndarray], losses: list[np.ndarray], limits: np.ndarray)
         within = LinearConstraint((every / scale).T, -np.inf, limits / scale - margin)
         solved = milp(
             loss / spread,
-            integrality=np.ones(len(loss)),
+            integrality=np.ones(len(loss), dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=[one_each, within],
             options={"mip_rel_gap": 0.0},

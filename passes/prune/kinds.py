@@ -69,7 +69,7 @@ def _signs(an: Analysis, node: Node, reach: Reach) -> Iterator[tuple[str, Atom]]
         pair = skip_of(node, reach)
         if pair is not None:
             yield from (("residual", a) for e in an.of(pair[0])[1:] for a in atoms(e))
-        elif len(node.inputs) == 2 and _two_branches(*node.inputs, reach):
+        elif len(node.inputs) == 2 and _two_branches(node.inputs[0], node.inputs[1], reach):
             yield from (("joined", a) for e in an.of(node.output)[1:] for a in atoms(e))
 
 

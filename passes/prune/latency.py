@@ -94,8 +94,8 @@ def _interpolated(
     for counts, times in points:
         at.setdefault(float(macs(shapes.node(node, counts)) or 0), []).append(times.get(node.name, 0.0))
     work = sorted(at)
-    times = np.maximum.accumulate([float(np.median(at[x])) for x in work])
-    return _Interpolated(shapes, node, work, times.tolist())
+    rising = np.maximum.accumulate([float(np.median(at[x])) for x in work])
+    return _Interpolated(shapes, node, work, rising.tolist())
 
 
 @dataclass

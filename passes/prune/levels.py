@@ -199,8 +199,8 @@ class Layerwise:
             for costs, losses in zip(self.costs, self.ladder.losses, strict=True)
         ]
         items = {str(u): [level for _, level in levels] for u, levels in enumerate(known)}
-        most = sum(max(float(x.cost) for x in levels) for levels in items.values())  # type: ignore[arg-type]
-        least = sum(min(float(x.cost) for x in levels) for levels in items.values())  # type: ignore[arg-type]
+        most = sum(max(x.single for x in levels) for levels in items.values())
+        least = sum(min(x.single for x in levels) for levels in items.values())
         found = allocate(items, least + (1 - t) * (most - least), method=self.method)
         return self.at([levels[found.levels[str(u)]][0] for u, levels in enumerate(known)])
 

@@ -101,7 +101,7 @@ def _allocated(
     method: Method,
 ) -> dict[str, float]:
     levels = weight_levels(graph, candidates, outputs, around)
-    least = sum(min(float(x.cost) for x in v) for v in levels.values())  # type: ignore[arg-type]
+    least = sum(min(x.single for x in v) for v in levels.values())
     found = allocate(levels, max(budget, least), method=method)
     return {n: candidates[n][i] for n, i in found.levels.items()}
 
