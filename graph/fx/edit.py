@@ -34,14 +34,14 @@ class FXEdits(FXView):
         for axis, indices in sorted(kept.items()):
             if not -new.ndim <= axis < new.ndim:
                 raise ConstraintError("no such axis", node=weight.name, expected=f"< {new.ndim}", found=axis)
-            index = torch.as_tensor(np.asarray(indices, dtype=np.int64), device=new.device)
-            if not new.is_meta and index.numel() and (int(index.min()) < 0 or int(index.max()) >= new.shape[axis]):
+            wanted = np.asarray(indices, dtype=np.int64)
+            if len(wanted) and (wanted.min() < 0 or wanted.max() >= new.shape[axis]):
                 raise ConstraintError(
                     "index out of range", node=weight.name, value=f"axis {axis}", expected=f"< {new.shape[axis]}"
                 )
-            new = new.index_select(axis, index)
+            new = new.index_select(axis, torch.as_tensor(wanted, device=new.device))
             known = self.kept.setdefault(weight.name, {})
-            known[axis] = known[axis][np.asarray(indices)] if axis in known else np.asarray(indices, dtype=np.int64)
+            known[axis] = known[axis][wanted] if axis in known else wanted
         self._put_tensor(weight, new)
 
     def adopt_tensor(self, weight: Weight, tensor: torch.Tensor) -> None:

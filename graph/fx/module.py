@@ -265,7 +265,7 @@ class _Check:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 args, kwargs = self.call
-                result = torch.func.functional_call(module, state, args, kwargs)
+                result = torch.func.functional_call(module, state, args, kwargs) if state else module(*args, **kwargs)
         except Exception as error:
             line, self.error = user_line(error), error
             return f"its forward fails ({str(error).strip().splitlines()[0][:160]}) at {_short(line)}"
@@ -326,7 +326,8 @@ def _randomized(graph: FXView, generator: torch.Generator) -> dict[str, torch.Te
     for name, t in graph.tensors.items():
         if graph.kinds[name] == "constant" or t.is_meta or not t.is_floating_point() or t.numel() < 2:
             continue
-        if not bool((t != t.flatten()[0]).any()):
+        first = t.flatten()[:16]
+        if not bool((first != first[0]).any()) and not bool((t != first[0]).any()):
             new = (torch.rand(t.shape, generator=generator) * 0.5 + 0.5).to(t)
             found[name] = nn.Parameter(new, requires_grad=False) if isinstance(t, nn.Parameter) else new
     return found

@@ -116,6 +116,8 @@ def _copy(item: Any, memo: dict[int, Any]) -> Any:
         for k, v in item.items():
             made[_copy(k, memo)] = _copy(v, memo)
         return made
+    if kind in (tuple, set) and all(type(v) in _ATOMS for v in item):
+        return item if kind is tuple else set(item)
     if kind is list:
         made = []
         memo[id(item)] = made
