@@ -49,8 +49,10 @@ class Prune(Pass):
     establishes: ClassVar[frozenset[str]] = frozenset({"pruned"})
 
     criterion: Annotated[str | Callable[..., Any], AfterValidator(_known)] = "l2"
-    """"l1", "l2", "linf", "fpgm" (distance to the others), "cosine" (distance to the nearest copy), "norm_scale"
-    (gains of normalizations), "random", or a callable (group, groups) -> one score per index."""
+    """By weights: "l1", "l2", "linf", "lamp", "fpgm" (distance to the others), "cosine" (distance to the nearest copy),
+    "norm_scale" (gains of normalizations), "spectral", "random"; by activations: "wanda", "activation", "apoz"; by
+    gradients: "taylor", "taylor_elements", "fisher", "obd", "obd_kfac", "hessian", "lora", "lora_elements"; or a
+    callable (group, groups[, evidence]) -> one score per index."""
     calibration: Any = None
     """Batches of model inputs for criteria that look at activations (those of the run, if None)."""
     data: Any = None
