@@ -227,3 +227,30 @@ def test_told_by_evidence_and_not_when_the_function_would_change() -> None:
         factor = 24 if kind is Reads else 24**-0.5
         hand = torch.relu(x[0] @ model.up.weight[keep].T + model.up.bias[keep])
         assert torch.allclose(result.model(*x), (hand @ model.down.weight[:, keep].T + model.down.bias) * factor)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_dropped_layers_are_counted_in_the_configuration(kind: str, tmp_path: Path) -> None:
+    """The same model again from its folder; layers know their new places, which key-value caches go by."""
+    model, inputs = _tiny(kind)
+    result = P.drop_blocks(model, inputs, count=1, unit="layer", criterion="magnitude", verify=False)
+    result.model.save_pretrained(tmp_path)
+    again = type(result.model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs)[0], result.model(**inputs)[0])
+    places = [m.layer_idx for m in result.model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+    assert not places or set(places) == set(range(result.model.config.num_hidden_layers))
+
+
+def _tiny(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    tr = transformers()
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+    if kind == "bert":
+        model = tr.BertModel(tr.BertConfig(**sizes))
+    elif kind == "llama":
+        model = tr.LlamaForCausalLM(tr.LlamaConfig(**sizes, num_key_value_heads=2, use_cache=False))
+    else:
+        config = tr.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=50, use_cache=False)
+        model = tr.GPT2LMHeadModel(config)
+    return model.eval(), {"input_ids": torch.randint(0, 50, (2, 7))}

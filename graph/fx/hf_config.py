@@ -13,12 +13,13 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .config_entries import Entries, configs, integer_entries, is_config, set_entry, shorter_lists, sizes_of
 from .patch import SizeChanges
+from .shorten import dead_entries
 
 if TYPE_CHECKING:
     from .view import FXView
 
-Entries: TypeAlias = dict[str, int | None]
 Misfit: TypeAlias = tuple[int, int]
 """How many axes of tensors, and how many integer attributes of modules, are not as wanted."""
 
@@ -28,54 +29,6 @@ _WAY_OUT = (
     "alike, what the configuration ties together"
 )
 _NEVER: Misfit = (1 << 30, 1 << 30)
-
-
-# ---- configurations as data ----------------------------------------------------------------------------------------
-def is_config(item: Any) -> bool:
-    """Whether an object is a configuration: it tells its entries as data and can be written for ``from_pretrained``."""
-    return callable(getattr(item, "to_dict", None)) and callable(getattr(item, "save_pretrained", None))
-
-
-def configs(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(path of the outermost module that holds it, configuration), each configuration once."""
-    seen: set[int] = set()
-    for path, m in module.named_modules():
-        config = vars(m).get("config")
-        if config is not None and id(config) not in seen and is_config(config):
-            seen.add(id(config))
-            yield path, config
-
-
-def integer_entries(config: Any) -> Entries:
-    """Entries of a configuration that hold an integer or nothing yet; those of inner configurations dotted."""
-    found: Entries = {}
-    for name, value in vars(config).items():
-        if name.startswith("_"):
-            continue
-        if type(value) is int or value is None:
-            found[name] = value
-        elif is_config(value):
-            found |= {f"{name}.{k}": v for k, v in integer_entries(value).items()}
-    return found
-
-
-def set_entry(config: Any, name: str, value: int | None) -> None:
-    """Change one entry of :func:`integer_entries`."""
-    *path, leaf = name.split(".")
-    for part in path:
-        config = getattr(config, part)
-    setattr(config, leaf, value)
-
-
-def sizes_of(m: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of one module that hold an integer or a short list of them."""
-    for name, value in vars(m).items():
-        if name.startswith("_") or name == "training":
-            continue
-        if type(value) is int or (
-            type(value) in (list, tuple, torch.Size) and len(value) <= 16 and all(type(v) is int for v in value)
-        ):
-            yield name, value
 
 
 # ---- after a change of sizes ---------------------------------------------------------------------------------------
@@ -96,17 +49,31 @@ def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
         for alias in w.aliases
     }
     changes = SizeChanges(graph)
+    dropped = _dropped(graph)
     done: list[str] = []
     for path, m in twin.named_modules():
         prefix = f"{path}." if path else ""
         if not _buildable(m) or any(path == d or path.startswith(f"{d}.") or d == "" for d in done):
             continue
         done.append(path)
-        if any(name.startswith(prefix) for name in changed):
-            note = _Fit(graph, changes, twin, path, m).run()
+        here = {p.removeprefix(prefix): lost for p, lost in dropped.items() if p.startswith(prefix)}
+        if here or any(name.startswith(prefix) for name in changed):
+            note = _Fit(graph, changes, twin, path, m, here).run()
             if note and note not in graph.notes:
                 graph.notes.append(note)
     return twin
+
+
+def _dropped(graph: FXView) -> dict[str, tuple[int, list[int]]]:
+    """Per container that lost numbered entries (whole layers): how many it had, and which are left."""
+    found: dict[str, tuple[int, list[int]]] = {}
+    module = graph.source.module
+    for path in [] if module is None else dead_entries(graph, module):
+        parent, _, leaf = path.rpartition(".")
+        if leaf.isdigit():
+            count, left = found.get(parent) or (n := len(module.get_submodule(parent)), list(range(n)))  # type: ignore
+            found[parent] = count, [i for i in left if i != int(leaf)]
+    return found
 
 
 def _buildable(m: nn.Module) -> bool:
@@ -116,14 +83,25 @@ def _buildable(m: nn.Module) -> bool:
 class _Fit:
     """The search for the entries of one submodule's configuration."""
 
-    def __init__(self, graph: FXView, changes: SizeChanges, twin: nn.Module, path: str, m: nn.Module) -> None:
+    def __init__(
+        self,
+        graph: FXView,
+        changes: SizeChanges,
+        twin: nn.Module,
+        path: str,
+        m: nn.Module,
+        dropped: Mapping[str, tuple[int, list[int]]],
+    ) -> None:
         self.graph, self.twin, self.path, self.module = graph, twin, path, m
         self.config = m.config
         self.entries = integer_entries(self.config)
         self.shapes = _shapes(m)
         self.sizes = _all_sizes(m)
         self.known: dict[tuple[tuple[str, int | None], ...], tuple[Misfit, nn.Module | None]] = {}
+        self.lists = shorter_lists(self.config, dropped.values())
         self.evidence = self._evidence(changes)
+        for count, left in dropped.values():
+            self.evidence.setdefault(count, []).append(len(left))
 
     def run(self) -> str:
         """Change the configuration; returns a note where that is not possible."""
@@ -136,8 +114,10 @@ class _Fit:
         if built is None:
             return f"{name} stays as it was: {type(self.module).__name__} cannot be built from it"
         if tensors:
-            wrong = next(n for n, s in self.shapes.items() if _shapes(built).get(n) != s)
-            why = f"no values of it give the pruned widths (e.g. {wrong}: {list(self.shapes[wrong])})"
+            have = _shapes(built)
+            wrong = next((f"{n}: {list(s)}" for n, s in self.shapes.items() if have.get(n) != s), "")
+            wrong = wrong or next(f"it would have {n}" for n in have if n not in self.shapes)
+            why = f"no values of it give the pruned widths (e.g. {wrong})"
             return f"{name} stays as it was, because {why}: {_WAY_OUT}"
         reasons = []
         for tried in self._alike(found):
@@ -251,6 +231,8 @@ class _Fit:
         try:
             for name, value in found.items():
                 set_entry(config, name, value)
+            for name, entries in self.lists.items():
+                setattr(config, name, entries)
             with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _uninitialised():
                 built: nn.Module = type(self.module)(config)
                 return built
@@ -283,9 +265,14 @@ class _Fit:
                 for name, value in integer_entries(like).items():
                     if name.rpartition(".")[2] in {n.rpartition(".")[2] for n in found}:
                         set_entry(config, name, value)
+        kept = {name: getattr(self.config, name) for name in self.lists}
+        for name, entries in self.lists.items():
+            setattr(self.config, name, entries)
         _, again = self._outputs(self.module, call)
         if _same(before, again):
             return ""
+        for name, entries in kept.items():
+            setattr(self.config, name, entries)
         for config, entries in old.values():
             for name, value in entries.items():
                 set_entry(config, name, value)

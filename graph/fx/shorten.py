@@ -36,6 +36,17 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+_NUMBERS = ("layer_idx", "layer_id", "layer_index", "layer_number")
+"""Attributes under which layers keep their own place in the stack (key-value caches are addressed by it)."""
+
+
+def _renumber(entry: nn.Module, old: str, new: str) -> None:
+    for m in entry.modules():
+        for name in _NUMBERS:
+            if old.isdigit() and vars(m).get(name) == int(old):
+                setattr(m, name, int(new))
+
+
 def shorten(module: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """Delete the entries and close the gaps, in place.
 
@@ -56,6 +67,7 @@ def shorten(module: nn.Module, paths: Iterable[str]) -> dict[str, str]:
             new = str(i) if numbered else key
             holder._modules[new] = child
             if new != key:
+                _renumber(child, key, new)
                 prefix = f"{parent}." if parent else ""
                 moved[f"{prefix}{key}"] = f"{prefix}{new}"
     return moved
