@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,31 @@ def peer(name: str) -> dict[str, Any]:
 SIDES = {"ours": ours, "onnx": onnx, "peer": peer}
 
 
-def isolated(command: list[str], limit: float) -> dict[str, Any]:
-    """The JSON that a command prints last, or ``{"failed": why}``."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"over {limit:.0f} s"}
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(" ")]
-        return {"failed": lines[-1][:80].replace("|", "/") if lines else f"exit {done.returncode}"}
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+def isolated(work: Callable[..., dict[str, Any]], *args: Any, limit: float) -> dict[str, Any]:
+    """What a function returns in a process of its own (forked: imports are paid once), or ``{"failed": why}``."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
+        try:
+            there.send(work(*args))
+        except BaseException as error:  # whatever a side dies of is its result
+            text = str(error).strip().splitlines()
+            there.send({"failed": f"{type(error).__name__}: {text[0] if text else ''}"[:80].replace("|", "/")})
+
+    process = context.Process(target=child)
+    process.start()
+    there.close()
+    found = {"failed": f"over {limit:.0f} s"}
+    if here.poll(limit):
+        try:
+            found = here.recv()
+        except EOFError:
+            found = {"failed": "out of memory or killed"}
+    process.kill()
+    process.join()
+    return found
 
 
 def described(found: dict[str, Any]) -> str:
@@ -99,26 +114,32 @@ def described(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2, metavar=("SIDE", "MODEL"), help="run one side in this process, print JSON")
     parser.add_argument("--peer", action="store_true", help="run torch-pruning too")
     parser.add_argument("--onnx", action="store_true", help="prune the exported ONNX file too")
     parser.add_argument("--timeout", type=float, default=120)
     parser.add_argument("--json", type=Path, help="append one line of JSON per model to this file")
     parser.add_argument("models", nargs="*", default=MODELS)
     args = parser.parse_args()
-    if args.one:
-        resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
-        print(json.dumps(SIDES[args.one[0]](args.one[1])))
-        return
+    import torch
+    from support import timm_models
+
+    timm_models.timm(), timm_models.transformers()  # imported before the forks
+    torch.set_num_threads(1)
     sides = ["ours", *(["onnx"] if args.onnx else []), *(["peer"] if args.peer else [])]
     print("| model | foldline: left, error | comes back as |" + "".join(f" {s} |" for s in sides[1:]))
     print("|---|---|---|" + "---|" * (len(sides) - 1))
     good = dict.fromkeys(sides, 0)
     for name in args.models:
-        found = {s: isolated([sys.executable, __file__, "--one", s, name], args.timeout) for s in sides}
+        found = {s: isolated(SIDES[s], name, limit=args.timeout) for s in sides}
         for side, result in found.items():
             good[side] += "failed" not in result
-        kind = "" if "failed" in found["ours"] else "its class" if found["ours"]["same_class"] else "GraphModule"
+        kind = (
+            ""
+            if "failed" in found["ours"]
+            else "its class"
+            if found["ours"]["same_class"]
+            else "partly or all GraphModule"
+        )
         cells = "".join(f" {described(found[s])} |" for s in sides[1:])
         print(f"| {name} | {described(found['ours'])} | {kind} |{cells}", flush=True)
         if args.json:

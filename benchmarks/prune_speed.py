@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import resource
-import sys
 import time
 from typing import Any
 
@@ -80,21 +78,20 @@ def one(side: str, name: str, runs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2, metavar=("SIDE", "MODEL"), help="run one side in this process, print JSON")
     parser.add_argument("--timeout", type=float, default=120)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--all", action="store_true", help="every model of architectures.py")
     parser.add_argument("models", nargs="*", default=DEFAULT)
     args = parser.parse_args()
-    if args.one:
-        resource.setrlimit(resource.RLIMIT_AS, (10 << 30, 10 << 30))
-        print(json.dumps(one(*args.one, args.runs)))
-        return
+    import torch
+    from support import timm_models
+
+    timm_models.timm(), timm_models.transformers()  # imported before the forks
+    torch.set_num_threads(1)
     print("| model | foldline s | torch-pruning s | times faster | foldline MiB | torch-pruning MiB |")
     print("|---|---|---|---|---|---|")
     for name in MODELS if args.all else args.models:
-        command = [sys.executable, __file__, "--runs", str(args.runs), "--one"]
-        a, b = (isolated([*command, side, name], args.timeout) for side in ("ours", "peer"))
+        a, b = (isolated(one, side, name, args.runs, limit=args.timeout) for side in ("ours", "peer"))
         cells = [str(r.get("failed") or f"{r['seconds']:.2f}") for r in (a, b)]
         memory = ["" if "failed" in r else f"{r['mib']:.0f}" for r in (a, b)]
         ratio = "" if "failed" in a or "failed" in b else f"{b['seconds'] / a['seconds']:.1f}"
