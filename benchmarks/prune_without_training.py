@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--criterion", default="l2")
     parser.add_argument("--scope", default="layerwise")
-    parser.add_argument("--samples", type=int, default=32, help="inputs by which the layerwise scope allocates")
+    parser.add_argument("--samples", type=int, default=64, help="inputs by which the layerwise scope allocates")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file")
