@@ -22,7 +22,8 @@ def absorb(graph: Graph, reference: Reference, ridge: float) -> Walk:
 
     With covariances of the form (channels x positions) the regression is the same at every tap of a kernel, so no
     patch matrices are needed: memory is C^2 per layer. Under a padded kernel the moments are taken about zero, so that
-    the map holds at the border too. The batch norm that follows gets the variance that is left. Kept channels count as
+    the map holds at the border too. The shift goes in only where batch norms saw the mean. The batch norm that
+    follows gets the variance that is left. Kept channels count as
     those of the original: errors of earlier layers are not modelled (a model of them overstates them, and shrinks).
     """
     original = reference.graph.clone()
@@ -81,7 +82,7 @@ def _merge(
     matrix = now.reshape(len(w), len(s), -1) + torch.einsum("ort,rs->ost", wr, coefficients)
     graph.set_weight(op.weight.weight, op.tensor(matrix.reshape(1, len(w), -1), data))
     before, after = _unexplained(w, second, s, gone, coefficients)
-    if sink is not None and sink.value.weight is not None:
+    if x.measured and sink is not None and sink.value.weight is not None:
         left = x.mean[gone] - coefficients @ x.mean[s]
         inside = coverage(theirs, w.shape[2])
         shift = torch.einsum("ort,r,t->o", wr, left, inside)

@@ -41,11 +41,17 @@ PASSED = ("identity", "cast", "max_pool", "avg_pool", "adaptive_avg_pool", "adap
 
 @dataclass
 class Moments:
-    """Mean [C] and covariance [C, C], float64, of the vectors along one axis of a value."""
+    """Mean [C] and covariance [C, C], float64, of the vectors along one axis of a value.
+
+    Attributes:
+        measured: the mean goes back to what batch norms saw. A layer norm says nothing of its channels' means over
+            many inputs: that they are its bias is a guess.
+    """
 
     mean: Tensor
     cov: Tensor
     axis: int
+    measured: bool = False
 
     @property
     def std(self) -> Tensor:
@@ -53,7 +59,8 @@ class Moments:
 
     def scaled(self, factor: Tensor, shift: Tensor | float = 0.0) -> Moments:
         """Those of factor * x + shift."""
-        return Moments(self.mean * factor + shift, self.cov * factor[:, None] * factor[None, :], self.axis)
+        cov = self.cov * factor[:, None] * factor[None, :]
+        return Moments(self.mean * factor + shift, cov, self.axis, self.measured)
 
     def with_std(self, std: Tensor) -> Moments:
         """The same correlations under other deviations."""
@@ -61,7 +68,7 @@ class Moments:
         factor = torch.where(own > 1e-12, std / own.clamp_min(1e-12), torch.zeros(()))
         cov = self.cov * factor[:, None] * factor[None, :]
         cov.diagonal().copy_(std**2)
-        return Moments(self.mean, cov, self.axis)
+        return Moments(self.mean, cov, self.axis, self.measured)
 
 
 class Propagation:
@@ -120,7 +127,7 @@ class Propagation:
         a, b = node.inputs[0], node.inputs[1]
         x, y = self.of(a), self.of(b)
         if node.op == "add" and x is not None and y is not None and x.axis == y.axis and len(x.mean) == len(y.mean):
-            return Moments(x.mean + y.mean, x.cov + y.cov, x.axis)
+            return Moments(x.mean + y.mean, x.cov + y.cov, x.axis, x.measured and y.measured)
         if x is None and node.op in ("add", "mul"):
             x, b = y, a
         if x is None or b is None or not b.is_const:
@@ -140,9 +147,8 @@ class Propagation:
         found = [p for p in parts if p is not None and p.axis == node.attrs["axis"]]
         if len(found) != len(parts):
             return None
-        return Moments(
-            torch.cat([p.mean for p in found]), torch.block_diag(*(p.cov for p in found)), node.attrs["axis"]
-        )
+        mean, cov = torch.cat([p.mean for p in found]), torch.block_diag(*(p.cov for p in found))
+        return Moments(mean, cov, node.attrs["axis"], all(p.measured for p in found))
 
 
 def _batch_norm(node: Node, x: Moments | None) -> Moments | None:
@@ -159,7 +165,7 @@ def _batch_norm(node: Node, x: Moments | None) -> Moments | None:
         return None
     unit = x.with_std(torch.ones(size, dtype=torch.float64)).cov if x is not None else torch.eye(size).double()
     factor = gain * (square / (square + node.attrs["eps"])).sqrt()
-    return Moments(beta, unit * factor[:, None] * factor[None, :], 1)
+    return Moments(beta, unit * factor[:, None] * factor[None, :], 1, True)
 
 
 def _layer_norm(node: Node, x: Moments | None) -> Moments | None:
@@ -216,7 +222,7 @@ def _linear(node: Node, x: Moments) -> Moments | None:
         if not readers or readers[0].op != "batch_norm":
             return None
         bias = torch.zeros_like(mean)
-    return Moments(mean + bias * node.attrs.get("beta", 1.0), cov, axis)
+    return Moments(mean + bias * node.attrs.get("beta", 1.0), cov, axis, x.measured)
 
 
 def _positions(node: Node, taps: int) -> Tensor:
@@ -244,7 +250,7 @@ def activated(x: Moments, function: Callable[[Tensor], Tensor]) -> Moments:
     rho = x.with_std(torch.ones_like(std)).cov
     cov = first[:, None] * first * rho + second[:, None] * second * rho.square() / 2
     cov.diagonal().copy_(var)
-    return Moments(mean, cov, x.axis)
+    return Moments(mean, cov, x.axis, x.measured)
 
 
 def _moved(node: Node, x: Moments) -> Moments | None:
@@ -255,7 +261,7 @@ def _moved(node: Node, x: Moments) -> Moments | None:
         return None
     before, after = source.hint, node.output.hint
     if node.op == "transpose":
-        return Moments(x.mean, x.cov, list(node.attrs["perm"]).index(x.axis))
+        return Moments(x.mean, x.cov, list(node.attrs["perm"]).index(x.axis), x.measured)
     if node.op in ("mean", "squeeze", "unsqueeze", "reshape", "flatten"):
         if node.op == "mean" and x.axis in node.attrs["axes"]:
             return None
@@ -263,15 +269,15 @@ def _moved(node: Node, x: Moments) -> Moments | None:
         same = len(after) > x.axis and after[: x.axis + 1] == before[: x.axis + 1]
         last = node.op == "reshape" and x.axis == len(before) - 1 and after[-1] == before[-1]
         if last and not same:
-            return Moments(x.mean, x.cov, rank - 1)
+            return Moments(x.mean, x.cov, rank - 1, x.measured)
         return x if same and math.prod(before[x.axis + 1 :]) >= math.prod(after[x.axis + 1 :]) else None
     if node.op == "slice":
         for axis, start, end, step in zip(*(node.attrs[k] for k in ("axes", "starts", "ends", "steps")), strict=True):
             if axis == x.axis:
                 keep = torch.arange(before[axis])[slice(start, end, step)]
-                x = Moments(x.mean[keep], x.cov[keep][:, keep], axis)
+                x = Moments(x.mean[keep], x.cov[keep][:, keep], axis, x.measured)
         return x
     if node.op == "pad" and node.attrs["mode"] == "constant" and not node.attrs.get("value"):
         low, high = node.attrs["pads"][x.axis]
-        return Moments(F.pad(x.mean, (low, high)), F.pad(x.cov, (low, high, low, high)), x.axis)
+        return Moments(F.pad(x.mean, (low, high)), F.pad(x.cov, (low, high, low, high)), x.axis, x.measured)
     return None
