@@ -48,6 +48,8 @@ def write_back(graph: FXView) -> nn.Module:
     else:
         check = _Check(graph)
         failure = check(twin)
+        if failure is not None and _forget_caches(graph, twin):
+            failure = check(twin)
         if failure is None:
             return twin
         reason = failure
@@ -92,11 +94,27 @@ def _exported(graph: FXView, reason: str) -> nn.Module:
             hint="load the model without static=True",
         )
     weights = {n: {a: k.tolist() for a, k in axes.items()} for n, axes in graph.kept.items()}
-    plan = Plan(weights, {n: list(graph.originals[n].shape) for n in weights})
     full = load_torch(graph.source.module, (graph.source.args, graph.source.kwargs))  # type: ignore[arg-type]
+    known = {a for w in full.weights.values() for a in w.aliases}
+    weights = {n: axes for n, axes in weights.items() if n in known}  # what a cache stands for there is not read
+    plan = Plan(weights, {n: list(graph.originals[n].shape) for n in weights})
     model: nn.Module = apply_plan(full, plan).to_model()
     graph.notes += [n for n in full.notes if n not in graph.notes]
     return model
+
+
+def _forget_caches(graph: FXView, twin: nn.Module) -> bool:
+    """Drop tensors that modules keep in plain dicts and the graph never read (results by device); was there one?"""
+    read = {storage_key(t) for t in graph.originals.values()} | {storage_key(t) for t in graph.tensors.values()}
+    found = False
+    for m in twin.modules():
+        for name, cache in vars(m).items():
+            if type(cache) is not dict or name.startswith("_"):
+                continue
+            for key in [k for k, v in cache.items() if isinstance(v, torch.Tensor) and storage_key(v) not in read]:
+                del cache[key]
+                found = True
+    return found
 
 
 def _replaced(
