@@ -49,6 +49,7 @@ def load_torch(
         except CannotRecord:  # the model reads tensor data or does what only torch.export can follow
             return load_torch(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
     found = capture(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_shapes=dynamic_shapes)
+    assert found.program is not None
     pure = Pure(found.program)
     clean(pure.graph, known)
     return FXGraph(found, pure)

@@ -266,13 +266,13 @@ class _Fit:
                     if name.rpartition(".")[2] in {n.rpartition(".")[2] for n in found}:
                         set_entry(config, name, value)
         kept = {name: getattr(self.config, name) for name in self.lists}
-        for name, entries in self.lists.items():
-            setattr(self.config, name, entries)
+        for name, shorter in self.lists.items():
+            setattr(self.config, name, shorter)
         _, again = self._outputs(self.module, call)
         if _same(before, again):
             return ""
-        for name, entries in kept.items():
-            setattr(self.config, name, entries)
+        for name, whole in kept.items():
+            setattr(self.config, name, whole)
         for config, entries in old.values():
             for name, value in entries.items():
                 set_entry(config, name, value)

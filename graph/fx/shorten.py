@@ -67,7 +67,8 @@ def shorten(module: nn.Module, paths: Iterable[str]) -> dict[str, str]:
             new = str(i) if numbered else key
             holder._modules[new] = child
             if new != key:
-                _renumber(child, key, new)
+                if child is not None:
+                    _renumber(child, key, new)
                 prefix = f"{parent}." if parent else ""
                 moved[f"{prefix}{key}"] = f"{prefix}{new}"
     return moved

@@ -85,7 +85,7 @@ class FXView(Graph):
         self.pristine = self.snapshot()
 
     # ---- building the view -----------------------------------------------------------------------------------
-    def _adopt_weights(self, pure: Pure) -> None:
+    def _adopt_weights(self, pure: Pure | Recorded) -> None:
         """One get_attr node per storage; aliases are every state-dict name of that storage."""
         names: dict[tuple[Any, ...], list[str]] = {}
         for name, tensor in self.state_tensors():
