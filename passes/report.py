@@ -190,7 +190,7 @@ def in_order(decisions: Iterable[Decision]) -> list[Decision]:
 
 
 def _within(name: str, scope: str) -> bool:
-    """Whether ``name`` is ``scope``, a part of that module, or an axis (``weight[0]``) or group (``weight:0``) there."""
+    """Whether ``name`` is ``scope``, or a part, an axis (``weight[0]``) or a group (``weight:0``) of it."""
     return name == scope or (name.startswith(scope) and name[len(scope)] in ".[:")
 
 
