@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def recorded(function: F) -> F:
     """Autograd records inside the function, a generator too, whatever mode the caller is in (no_grad, inference)."""
-    return cast(F, torch.inference_mode(False)(torch.enable_grad()(function)))
+    return torch.inference_mode(False)(torch.enable_grad()(function))
 
 
 class Differentiable:

@@ -27,7 +27,7 @@ from support.frontends import FRONT_ENDS, exported, load, toy_graph
 from support.toys import toy
 from torch import nn
 
-GRADIENTS = ("taylor", "taylor_elements", "fisher", "obd", "hessian", "obd_kfac", "lora")
+GRADIENTS = ("taylor", "taylor_elements", "fisher", "obd", "hessian", "obd_kfac", "lora", "lora_elements")
 ACTIVATIONS = ("wanda", "activation", "apoz")
 
 
@@ -209,7 +209,7 @@ def chance(trained: dict[str, Any]) -> float:
     return float(max(np.mean([spearmanr(t[g], trained["true"][g])[0] for g in chosen]) for t in tries))
 
 
-@pytest.mark.parametrize("name", ["taylor", "taylor_elements", "fisher", "obd", "obd_kfac", "lora", "wanda"])
+@pytest.mark.parametrize("name", ["taylor", "taylor_elements", "fisher", "obd", "obd_kfac", "lora_elements", "wanda"])
 def test_scores_follow_the_true_change_of_the_loss(name: str, trained: dict[str, Any]) -> None:
     assert correlation(trained, name, data=trained["data"]) > max(chance(trained), 0.3)
 
@@ -235,15 +235,20 @@ def test_adapter_importance_follows_the_gradient_it_never_forms(
 
     monkeypatch.setattr(gradients, "gradients", watched)
     groups, chosen = trained["groups"], trained["chosen"]
-    found = importance(groups, chosen, "lora", 0, "mean", Evidence(groups, data=trained["data"]))
+    evidence = Evidence(groups, data=trained["data"])
+    elements = importance(groups, chosen, "lora_elements", 0, "mean", evidence)
     assert leaves and all(n.endswith((".lora_a", ".lora_b")) for names in leaves for n in names)
     assert all(p.grad is None or p.requires_grad for p in trained["model"].parameters())
     monkeypatch.undo()
-    true = importance(groups, chosen, "taylor_elements", 0, "mean", Evidence(groups, data=trained["data"]))
+    data = trained["data"]
+    true = importance(groups, chosen, "taylor_elements", 0, "mean", Evidence(groups, data=data))
     for g in chosen:
-        assert spearmanr(found[g], true[g])[0] > 0.4
         others = [importance(groups, [g], "random", s)[g] for s in range(20)]
-        assert spearmanr(found[g], true[g])[0] > max(spearmanr(o, true[g])[0] for o in others)
+        assert spearmanr(elements[g], true[g])[0] > max(spearmanr(o, true[g])[0] for o in others), g.name
+    # The slab as a whole hangs on the signs of a projection on eight directions: right on average over draws.
+    true = importance(groups, chosen, "taylor", 0, "mean", Evidence(groups, data=data))
+    draws = [importance(groups, chosen, "lora", 0, "mean", Evidence(groups, data=data, seed=s)) for s in range(4)]
+    assert np.mean([spearmanr(draw[g], true[g])[0] for draw in draws for g in chosen]) > 0.3
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------
@@ -272,7 +277,7 @@ def test_attached_adapters_leave_the_function_and_the_models_own_are_read(front:
     x = {graph.inputs[0].name: np.random.default_rng(0).standard_normal((4, 10)).astype(np.float32)}
     before, _ = run_graph(graph, x)
     names = [n for n, w in graph.weights.items() if len(w.shape) == 2]
-    adapters = attach(graph, names, 0)
+    adapters = attach(graph, names)
     own = [ad for ad in adapters if ad.own]
     assert len(own) == 1 and own[0].scale == 2.0 and own[0].weight.shape in ((12, 10), (10, 12))
     assert {ad.weight.shape for ad in adapters if not ad.own} <= {(4, 12), (12, 4)}
@@ -290,12 +295,13 @@ def test_own_adapters_give_the_formula() -> None:
     evidence.judged = [g]
     from foldline.passes.prune.lora_criteria import adapter_importance
 
-    found = adapter_importance(evidence)["base.weight"]
+    slopes, squares = adapter_importance(evidence)
     a, b = model.low.weight, model.high.weight
     da, db = torch.autograd.grad(F.mse_loss(model(x), y), [a, b])
     step = 2 * (db @ a + b @ da - db @ da)
-    expected = (step * (model.base.weight + 2 * b @ a)).square().detach().numpy()
-    assert np.allclose(found, expected, rtol=1e-4, atol=1e-12)
+    expected = (step * (model.base.weight + 2 * b @ a)).detach().numpy()
+    assert np.allclose(slopes["base.weight"], expected, rtol=1e-4, atol=1e-9)
+    assert np.allclose(squares["base.weight"], expected**2, rtol=1e-4, atol=1e-12)
 
 
 # ---- spectral ------------------------------------------------------------------------------------------------------
@@ -375,7 +381,9 @@ def test_every_criterion_judges_convolutions_heads_and_ffns(name: str, front: st
             assert len(found) == len(chosen), criterion
 
 
-@pytest.mark.parametrize("criterion", [c for c in (*GRADIENTS, *ACTIVATIONS) if c not in ("hessian", "lora")])
+@pytest.mark.parametrize(
+    "criterion", [c for c in (*GRADIENTS, *ACTIVATIONS) if c not in ("hessian", "lora", "lora_elements")]
+)
 def test_front_ends_agree(criterion: str) -> None:
     model, x, y = regression()
     given = exported(model, (x[:24],))
@@ -461,7 +469,7 @@ def test_generators_are_read_more_than_once() -> None:
 
 @pytest.mark.slow
 def test_adapters_prune_a_language_model_better_than_magnitude() -> None:
-    """F1-02 on a GPT-2 shape trained for seconds on a licence text: loss below magnitude's at every ratio, with the
+    """F1-02 on a GPT-2 shape trained for seconds on a licence text: loss below magnitude's, with the
     sliced model equal to the masked one; the base weights never require a gradient."""
     transformers = timm_models.transformers()
     text = (Path(sysconfig.get_path("stdlib")) / "argparse.py").read_bytes()
@@ -492,7 +500,7 @@ def test_adapters_prune_a_language_model_better_than_magnitude() -> None:
     test = batch(128, 50000, 59000)
     example = data[0][0]
     found: dict[str, list[float]] = {}
-    for criterion in ("lora", "l2", "taylor", "obd_kfac", "random"):
+    for criterion in ("lora", "l2", "taylor", "obd_kfac"):
         for ratio in (0.25, 0.5):
             result = P.prune(
                 model, example, criterion=criterion, data=data, ratio=ratio, ignore=["*wte*", "*wpe*"],
@@ -501,9 +509,8 @@ def test_adapters_prune_a_language_model_better_than_magnitude() -> None:
             with torch.no_grad():
                 found.setdefault(criterion, []).append(float(loss(result.model, test)))
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-    for better in ("taylor", "obd_kfac"):
+    for better in ("lora", "taylor", "obd_kfac"):
         assert np.mean(found[better]) < np.mean(found["l2"]), found
-    assert np.mean(found["lora"]) < np.mean(found["random"]), found
 
 
 @pytest.mark.slow

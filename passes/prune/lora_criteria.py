@@ -20,14 +20,12 @@ from ..base import Needs
 from ..sites import Site, sites_of
 from .criterion import Parts, criterion
 from .evidence import Evidence
-from .slabs import members_that_count, slab_sums
+from .slabs import members_that_count, removals, slab_sums
 
 RANK = 8
 """Rank of the adapters that are attached where the model has none."""
 DECAY = 0.9
 """Share of the past in the moving average over steps."""
-RATE = 0.1
-"""Largest step of attached adapters per batch, as a share of the root mean square of the weight."""
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Adapter:
         scale: the constant s of ``y = W x + s B (A x)``.
         blocks: groups of the convolution; the product is taken per block.
         swapped: the weight is stored as [in, out].
-        own: the model's own adapter, which is read and left as it is between batches.
+        own: the model's own adapter, which is read as it is.
     """
 
     weight: Weight
@@ -58,39 +56,59 @@ class Adapter:
         return found[0].T if self.swapped else found.reshape(self.weight.shape)
 
 
-@criterion("lora", Needs.GRADIENTS)
+@criterion("lora", Needs.GRADIENTS, relative=False)
 def lora(g: AxisGroup, evidence: Evidence) -> Parts:
-    """``sum of (G * (W + s B A))^2`` over the slab, G the step of low-rank adapters, as a moving average over the
-    batches: the gradients of the weights are never computed ("LoRAPrune: Structured Pruning Meets Low-Rank
-    Parameter-Efficient Fine-Tuning"). Adapters that the model already has are read; other linear nodes and
-    convolutions get one of rank 8. Each batch is a step: unlike all other criteria this one depends on their order."""
-    moving: dict[str, np.ndarray] = evidence.once("lora", lambda: adapter_importance(evidence))
-    return [slab_sums(g, m, moving[m.weight.name]) for m in members_that_count(g) if m.weight.name in moving]
+    """``|sum of G * (W + s B A)|`` over the slabs that read the index, G the step of low-rank adapters, as a moving
+    average over the batches: the gradients of the weights are never computed. The importance of "LoRAPrune: Structured
+    Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning" for a slab as a whole, as "taylor" is. Adapters that the
+    model already has are read; other linear nodes and convolutions get one of rank 8 with B = 0 and A drawn anew for
+    every batch, a random projection of the gradient: more batches, better scores. Each batch is a step: unlike other
+    criteria this one depends on how the samples are batched."""
+    slopes = adapter_importance(evidence)[0]
+    parts = []
+    for part in removals(g):
+        known = [slab_sums(g, m, slopes[m.weight.name]) for m in part if m.weight.name in slopes]
+        if known:
+            parts.append(np.abs(np.sum(known, axis=0)))
+    return parts
 
 
-def adapter_importance(evidence: Evidence) -> dict[str, np.ndarray]:
-    """Moving average of (G * (W + s B A))^2 by weight name, float64, in the weight's shape."""
+@criterion("lora_elements", Needs.GRADIENTS)
+def lora_elements(g: AxisGroup, evidence: Evidence) -> Parts:
+    """``sum of (G * (W + s B A))^2`` over the slab of every member that counts, G as for "lora": the formula of
+    "LoRAPrune: Structured Pruning Meets Low-Rank Parameter-Efficient Fine-Tuning", element by element."""
+    squares = adapter_importance(evidence)[1]
+    return [slab_sums(g, m, squares[m.weight.name]) for m in members_that_count(g) if m.weight.name in squares]
+
+
+def adapter_importance(evidence: Evidence) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Moving averages of G * (W + s B A) and of its square by weight name, float64, in the weight's shape."""
     from ..gradients import recorded
 
-    moving: dict[str, np.ndarray] = recorded(_steps)(evidence)
-    return moving
+    found: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+    found = evidence.once("lora", lambda: recorded(_steps)(evidence))
+    return found
 
 
-def _steps(evidence: Evidence) -> dict[str, np.ndarray]:
+def _steps(evidence: Evidence) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     import torch
 
     from ..gradients import Differentiable, gradients, losses_of, no_samples
 
     graph = evidence.groups.graph.clone()
-    adapters = attach(graph, [w.name for w in evidence.weights], evidence.seed)
+    adapters = attach(graph, [w.name for w in evidence.weights])
     if not adapters:
-        return {}
+        return {}, {}
     function = Differentiable(graph, [n for ad in adapters for n in (ad.a, ad.b)])
     leaves = function.leaves
     base = {ad.weight.name: torch.from_numpy(np.array(ad.weight.numpy(), dtype=np.float32)) for ad in adapters}
-    moving: dict[str, Any] = {}
+    moving: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     steps = 0
     for example in evidence.examples():
+        for ad in adapters:
+            if not ad.own:
+                a = leaves[ad.a]
+                a.data.copy_(torch.from_numpy(_directions(ad, tuple(a.shape), evidence.seed, steps)))
         outputs, _ = function(example.inputs)
         grads = gradients(losses_of(outputs[0], example, evidence.loss, evidence.seed).mean(), leaves)
         steps += 1
@@ -99,26 +117,24 @@ def _steps(evidence: Evidence) -> dict[str, np.ndarray]:
             da, db = grads[ad.a].float().cpu(), grads[ad.b].float().cpu()
             step = ad.scale * (ad.product(db, a) + ad.product(b, da) - ad.product(db, da))
             w = base[ad.weight.name]
-            score = (step * (w + ad.scale * ad.product(b, a))).double().square()
-            kept = DECAY * moving.get(ad.weight.name, 0)
-            moving[ad.weight.name] = kept + (1 - DECAY) * score
-            if not ad.own:
-                _descend(leaves[ad.a], leaves[ad.b], grads[ad.a], grads[ad.b], float(w.square().mean().sqrt()))
+            slope = (step * (w + ad.scale * ad.product(b, a))).double()
+            for average, now in zip(moving, (slope, slope.square()), strict=True):
+                average[ad.weight.name] = DECAY * average.get(ad.weight.name, 0) + (1 - DECAY) * now
     if not steps:
         raise no_samples()
-    return {name: (m / (1 - DECAY**steps)).numpy() for name, m in moving.items()}
+    slopes, squares = ({n: (m / (1 - DECAY**steps)).numpy() for n, m in average.items()} for average in moving)
+    return slopes, squares
 
 
-def _descend(a: Any, b: Any, da: Any, db: Any, size: float) -> None:
-    """A normalised descent step: entries of B (and of A) move by at most a share of the weight's own size."""
-    for leaf, grad in ((a, da), (b, db)):
-        top = grad.abs().max()
-        if float(top) > 0:
-            leaf.data.sub_(grad / top * (RATE * size))
+def _directions(adapter: Adapter, shape: tuple[int, ...], seed: int, step: int) -> np.ndarray:
+    """Random values of A, float64: entries of variance 1 / rank, so that on average A^T A is the identity and the step
+    dB A the gradient of the weight."""
+    rng = np.random.default_rng([seed, step, zlib.crc32(adapter.weight.name.encode())])
+    return rng.uniform(-1, 1, shape) * np.sqrt(3 * adapter.blocks / shape[0])
 
 
-def attach(graph: Graph, names: list[str], seed: int) -> list[Adapter]:
-    """The adapters of the named weights: those that the graph has, and new ones (B = 0: the function stays).
+def attach(graph: Graph, names: list[str]) -> list[Adapter]:
+    """The adapters of the named weights: those that the graph has, and new ones (zero: the function stays).
 
     Weights used otherwise than by linear nodes and plain convolutions get none.
     """
@@ -133,7 +149,7 @@ def attach(graph: Graph, names: list[str], seed: int) -> list[Adapter]:
         sites = sites_of(graph.weights[name])
         if name in own or name in theirs or sites is None or not all(_plain(s) for s in sites):
             continue
-        adapters.append(_new_adapter(graph, sites, seed))
+        adapters.append(_new_adapter(graph, sites))
     return adapters
 
 
@@ -144,19 +160,16 @@ def _plain(site: Site) -> bool:
     return float(attrs.get("alpha", 1.0)) == 1.0
 
 
-def _new_adapter(graph: Graph, sites: list[Site], seed: int) -> Adapter:
+def _new_adapter(graph: Graph, sites: list[Site]) -> Adapter:
     weight = sites[0].weight
     blocks, rows, columns = sites[0].shape
     swapped = sites[0].swapped
     made, read = (columns, rows) if swapped else (rows, columns)
     rank = min(RANK, made, read)
     kernel = tuple(weight.shape[2:]) if sites[0].conv else ()
-    rng = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
     dtype = weight.numpy().dtype
-    a = rng.uniform(-1, 1, (blocks * rank, read)) / np.sqrt(read)
-    if sites[0].conv:
-        a = a.reshape(blocks * rank, weight.shape[1], *kernel)
-    first = graph.add_weight(f"{weight.name}.lora_a", a.astype(dtype), trainable=True)
+    shape = (blocks * rank, weight.shape[1], *kernel) if sites[0].conv else (rank, read)
+    first = graph.add_weight(f"{weight.name}.lora_a", np.zeros(shape, dtype), trainable=True)
     second = graph.add_weight(
         f"{weight.name}.lora_b", np.zeros((blocks * made, rank, *[1] * len(kernel)), dtype), trainable=True
     )
