@@ -255,3 +255,17 @@ def test_operators_without_a_second_derivative_are_differenced(monkeypatch: pyte
     monkeypatch.setattr(sampled, "_second", lambda *a: None)
     near = hessian_diagonal(groups, ["fc.weight"], examples(groups.graph, data, None), 2)["fc.weight"]
     assert np.abs(near - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def test_kronecker_factors_are_means_over_samples_and_positions() -> None:
+    """E[sum_t a a^T] (x) E[mean_t g g^T]: the product of both sums over samples * rows, rows = samples * positions."""
+    groups, x, y = small()
+    (f,) = kronecker(groups, ["conv.weight"], split(x, y, [7, 5]))
+    conv, fc = nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Linear(36, 3)
+    for name, p in (*conv.named_parameters(prefix="conv"), *fc.named_parameters(prefix="fc")):
+        p.data = torch.tensor(groups.graph.weights[name].numpy())
+    out = conv(x)
+    (grad,) = torch.autograd.grad(F.cross_entropy(fc(torch.tanh(out).flatten(1)), y, reduction="sum"), out)
+    a, g = F.unfold(x, 3, stride=2, padding=1), grad.flatten(2)
+    product = torch.kron(torch.einsum("nit,njt->ij", g, g), torch.einsum("nit,njt->ij", a, a)) / (12 * 12 * 9)
+    assert torch.allclose(torch.kron(f.left[0], f.right[0]).float(), product, rtol=1e-4, atol=1e-9)
