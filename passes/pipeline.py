@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -137,7 +140,11 @@ class Pipeline:
         )
         self._prepare(ctx)
         brief = calibration is None and all(step.selects_only() for step in self.passes)
-        graph = load(model, example_inputs, static=brief)
+        with _undisturbed() if brief else nullcontext():
+            return self._run(load(model, example_inputs, static=brief), model, ctx, inplace, rtol)
+
+    def _run(self, graph: Graph, model: Any, ctx: Context, inplace: bool, rtol: float | None) -> Result:
+        verify, calibration, example_inputs = ctx.verify, ctx.calibration, ctx.example_inputs
         given, start = graph, _cost(graph)
         ctx.original = given
         inputs = Inputs(graph, example_inputs, self.seed, calibration) if verify else None
@@ -261,6 +268,18 @@ class Pipeline:
         )
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No search for cyclic garbage meanwhile: a short call that makes many small objects would trigger several."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 def _cost(graph: Graph) -> CostSummary:
     from ..graph.cost import cost
 
@@ -276,6 +295,7 @@ def _versions() -> dict[str, str]:
     return {**found, **{name: _version(name) for name in LIBRARIES}}
 
 
+@cache
 def _version(name: str) -> str:
     try:
         return version(name)

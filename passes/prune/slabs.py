@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ...graph.groups import AxisGroup, Member
 from ...graph.quantized import is_numeric, real
+
+if TYPE_CHECKING:
+    from .evidence import Evidence
 
 NORMS = ("batch_norm", "group_norm", "layer_norm", "rms_norm", "instance_norm")
 
@@ -20,12 +25,14 @@ def slabs_of(g: AxisGroup, member: Member) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(data, member.axis, 0)[order]).reshape(g.size, -1)
 
 
-def slab_norms(g: AxisGroup, member: Member, order: float) -> np.ndarray:
-    """The 1-, 2- or infinity-norm of every index's slab, float64 [size], without gathering the slabs."""
-    data = real(member.weight)
-    if data.dtype not in (np.float32, np.float64):
-        data = data.astype(np.float32)
-    along, at = _norms_along(data, member.axis, order), member.positions(g.atom)
+def slab_norms(g: AxisGroup, member: Member, order: float, evidence: Evidence) -> np.ndarray:
+    """The 1-, 2- or infinity-norm of every index's slab, float64 [size], without gathering the slabs.
+
+    One axis may hold many groups (a dense block's input): it is added up once for all of them.
+    """
+    key = f"norm {order} of {member.weight.name}[{member.axis}]"
+    along = evidence.once(key, lambda: _norms_along(real(member.weight), member.axis, order))
+    at = member.positions(g.atom)
     if order == np.inf:
         found = np.zeros(g.size)
         np.maximum.at(found, at[at >= 0], along[at >= 0])
@@ -38,6 +45,8 @@ def _norms_along(data: np.ndarray, axis: int, order: float) -> np.ndarray:
 
     Added up in the weight's own precision over blocks of some thousand elements, and in float64 over the blocks.
     """
+    if data.dtype not in (np.float32, np.float64):
+        data = data.astype(np.float32)
     size = data.shape[axis]
     x = data.reshape(int(np.prod(data.shape[:axis])), size, -1)
     total = np.zeros(size)

@@ -22,19 +22,19 @@ def of_slabs(function: Callable[[np.ndarray], np.ndarray]) -> PartsFunction:
     return parts
 
 
-def l1(g: AxisGroup, _: Evidence) -> Parts:
+def l1(g: AxisGroup, evidence: Evidence) -> Parts:
     """Sum of absolute values ("Pruning Filters for Efficient ConvNets")."""
-    return [slab_norms(g, m, 1) for m in members_that_count(g)]
+    return [slab_norms(g, m, 1, evidence) for m in members_that_count(g)]
 
 
-def l2(g: AxisGroup, _: Evidence) -> Parts:
+def l2(g: AxisGroup, evidence: Evidence) -> Parts:
     """Euclidean norm; over all members of a group the criterion of "DepGraph: Towards Any Structural Pruning"."""
-    return [slab_norms(g, m, 2) for m in members_that_count(g)]
+    return [slab_norms(g, m, 2, evidence) for m in members_that_count(g)]
 
 
-def linf(g: AxisGroup, _: Evidence) -> Parts:
+def linf(g: AxisGroup, evidence: Evidence) -> Parts:
     """Largest absolute value."""
-    return [slab_norms(g, m, np.inf) for m in members_that_count(g)]
+    return [slab_norms(g, m, np.inf, evidence) for m in members_that_count(g)]
 
 
 def fpgm(slabs: np.ndarray) -> np.ndarray:
@@ -74,7 +74,7 @@ criterion("lamp", relative=False)(of_slabs(lamp))
 
 
 @criterion("norm_scale")
-def norm_scale(g: AxisGroup, _: Evidence) -> Parts:
+def norm_scale(g: AxisGroup, evidence: Evidence) -> Parts:
     """Absolute gains of the normalizations on the indices ("Learning Efficient Convolutional Networks through Network
     Slimming"); groups without one are not judged."""
-    return [slab_norms(g, m, 1) for m in gains(g)]
+    return [slab_norms(g, m, 1, evidence) for m in gains(g)]
