@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .view import FXView
 
 _MAX_TRIALS = 48
+_FEW_TRIALS = 8
+"""For a recorded call: what they do not reach, the exported graph is tried on anew, and in full."""
 _MAX_REPLACEMENTS = 4
 
 
@@ -54,7 +56,7 @@ def write_back(graph: FXView) -> nn.Module:
             return twin
         reason = failure
         plan = plan_patches(graph, twin)
-        for choice in _choices(plan):
+        for choice in _choices(plan, _FEW_TRIALS if graph.mode is None else _MAX_TRIALS):
             undo = apply_patches(choice)
             failure = check(twin)
             if failure is None:
@@ -238,13 +240,13 @@ def _ordered(items: dict[str, nn.Module]) -> Any:
     return OrderedDict(items)
 
 
-def _choices(plan: list[list[list[Patch]]]) -> Iterator[list[Patch]]:
+def _choices(plan: list[list[list[Patch]]], most: int) -> Iterator[list[Patch]]:
     """Sets of patches to try: the first alternative of every group, then sets that differ from it in few groups."""
     tried = 0
     for count in range(min(len(plan), 3) + 1):
         for places in itertools.combinations(range(len(plan)), count):
             for picks in itertools.product(*(range(1, len(plan[p])) for p in places)):
-                if tried == _MAX_TRIALS:
+                if tried == most:
                     return
                 index = dict(zip(places, picks, strict=True))
                 yield [p for g, group in enumerate(plan) for p in group[index.get(g, 0)]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -11,9 +11,9 @@ from pydantic import Field
 from ...graph.errors import ConstraintError
 from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass, Progress, Reference, no_progress
-from .absorb import absorb
-from .synthetic import synthetic_inputs
-from .walk import Settings, Walk, walk
+
+if TYPE_CHECKING:
+    from .walk import Walk
 
 Ridge = float | Literal["auto"]
 MOMENTS_RIDGE = 1e-3
@@ -121,6 +121,10 @@ def recover_graph(
     Returns:
         Decisions, and per corrected weight (relative error before, after).
     """
+    from .absorb import absorb  # these bring torch along: not before a graph is there
+    from .synthetic import synthetic_inputs
+    from .walk import Settings, walk
+
     if data == "moments":
         return absorb(graph, reference, MOMENTS_RIDGE if ridge == "auto" else float(ridge))
     if data == "synthetic":
