@@ -139,3 +139,35 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.training and all(m.training for m in model.modules())
     assert {n: set(m.__dict__) for n, m in model.named_modules()} == keys
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Caches(nn.Module):
+    """Keeps a result of its weights by device, as some attention biases are kept in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gain = nn.Linear(6, 8), nn.Linear(8, 3), nn.Parameter(torch.rand(8) + 0.5)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = str(x.device)
+        if key not in self.cache:
+            self.cache[key] = self.gain * 2
+        return self.b(self.a(x) * self.cache[key])
+
+
+def test_what_a_module_cached_before_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> nn.Module:
+        raise AssertionError("no export is needed for this")
+
+    monkeypatch.setattr("foldline.graph.fx.module._exported", refuse)
+    torch.manual_seed(0)
+    model, x = Caches().eval(), torch.randn(2, 6)
+    with torch.no_grad():
+        model(x)
+        result = P.prune(model, (x,), ratio=0.5, verify=True)
+        assert type(result.model) is Caches and result.model(x).shape == (2, 3)
+        kept = result.plan.weights["a.weight"][0]
+        hidden = (model.a(x) * model.cache["cpu"])[:, kept]
+        torch.testing.assert_close(result.model(x), hidden @ model.b.weight[:, kept].T + model.b.bias)
+    assert set(model.cache) == {"cpu"} and len(model.cache["cpu"]) == 8
