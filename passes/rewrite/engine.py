@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...graph.ir import Graph, Node, Value
 from ..base import Decision
@@ -53,8 +54,8 @@ def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
                 continue
             refusals.pop((rule.name, node.name), None)
             before = list(_around(found.nodes))
-            data = {"rule": rule.name, "scope": node.scope, "nodes": [n.name for n in found.nodes], **found.data}
-            log.applied.append(Decision(node.name, found.action, found.reason, data))
+            facts: dict[str, Any] = {"rule": rule.name, "scope": node.scope, "nodes": [n.name for n in found.nodes]}
+            log.applied.append(Decision(node.name, found.action, found.reason, facts | found.data))
             again = [*before, *(found.apply(graph) or ())]
             gone |= erase_dead(graph, found.nodes)
             for other in again:
