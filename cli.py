@@ -66,7 +66,10 @@ def options(
 
 @app.command()
 def run(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A .yaml, .json or .toml pipeline file.")],
+    pipeline: Annotated[
+        str,
+        typer.Argument(metavar="PIPELINE", help="A .yaml, .json or .toml pipeline file, or the name of one pass."),
+    ],
     model: Model,
     output: Output,
     input_shape: Shape = None,
@@ -76,10 +79,10 @@ def run(
     no_verify: NoVerify = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a pipeline on a model and save the result, with its report, into a folder."""
+    """Run a pipeline, or one pass by its name (`foldline run fold m.onnx -o out`), and save the result and report."""
     from .passes.pipeline import Pipeline
 
-    pipe = Pipeline.from_file(pipeline)
+    pipe = Pipeline.named(pipeline)
     if seed is not None:
         pipe = Pipeline(pipe.passes, seed=seed, name=pipe.name)
     data = None if calibration is None else batches(calibration, batch_size)

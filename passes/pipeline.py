@@ -15,7 +15,7 @@ from ..graph.actions import Plan
 from ..graph.errors import ConfigError, ConstraintError, FoldlineError
 from ..graph.ir import Graph
 from ..graph.version import VERSION
-from . import config
+from . import config, registry
 from .backend import backend
 from .base import Context, Contract, Needs, Outcome, Pass, Progress, no_progress
 from .checks import Inputs, Measurement, check_graph, measure
@@ -63,6 +63,17 @@ class Pipeline:
         """The pipeline described by ``{name, seed, passes: [name | {name: options}]}``; see :meth:`json_schema`."""
         name, seed, passes = config.parse(data)
         return cls(passes, seed=seed, name=name)
+
+    @classmethod
+    def named(cls, spec: str | Path) -> Pipeline:
+        """The pipeline of a file; or, where no such file exists, of the one pass of that name at its defaults.
+
+        Raises:
+            ConfigError: neither a file nor a pass (naming the nearest), or the file is no valid pipeline.
+        """
+        if Path(spec).exists() or Path(spec).suffix:
+            return cls.from_file(spec)
+        return cls([registry.get(str(spec))()], name=str(spec))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Pipeline:

@@ -115,6 +115,13 @@ def test_run_takes_an_exported_program(here: Path) -> None:
     assert json.loads((here / "out" / "report.json").read_text())["after"]["parameters"] == 4 * 7 + 4 * 5
 
 
+def test_run_takes_the_name_of_one_pass(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "fold", "m.onnx", "-o", "out") == 0
+    assert "fold" in capsys.readouterr().out and (here / "out").is_dir()
+    assert call("run", "fuld", "m.onnx", "-o", "other") == 1
+    assert "did you mean 'fold'?" in capsys.readouterr().err
+
+
 def test_run_options(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "pipe.yaml", "m.onnx", "-o", "out", "--seed", "7", "--no-verify", "-q") == 0
     assert capsys.readouterr().out == ""
