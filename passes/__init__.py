@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .base import Context, Contract, Decision, Needs, Outcome, Pass, as_function
+    from .clean.clean_pass import Clean
     from .finetune import FineTune
     from .fold import Fold
     from .lower import Lower
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .report import Report
     from .result import Result
 
+    clean: Callable[..., Result]
     cut: Callable[..., Result]
     drop_blocks: Callable[..., Result]
     finetune: Callable[..., Result]
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     shared_mask: Callable[..., Result]
 
 __all__ = [
+    "Clean",
     "Context",
     "Contract",
     "Cut",
@@ -73,6 +76,7 @@ __all__ = [
     "TopKFrequency",
     "absorb_removed",
     "as_function",
+    "clean",
     "compare_with_scratch",
     "cut",
     "drop_blocks",
@@ -107,7 +111,7 @@ _HOME = {
     "Report": ".report",
     "Result": ".result",
 }
-_FUNCTIONS = frozenset({"finetune", "fold", "lower", "prune", "quantize", "recover"})
+_FUNCTIONS = frozenset({"clean", "finetune", "fold", "lower", "prune", "quantize", "recover"})
 
 
 class _Passes(ModuleType):

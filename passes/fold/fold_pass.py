@@ -1,12 +1,17 @@
-"""The pass Fold: every batch norm in eval mode that a linear operator beside it can absorb disappears."""
+"""The pass Fold: everything that can be absorbed into the weights is, the graph is tidied, and the rest is refused."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ...graph.ir import Graph, Node, Value
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
+from ..clean import CLEAN_RULES
+from ..rewrite import Env, Rule, rewrite
+from ..rewrite.choice import chosen
 from . import travel
 from .absorb import Absorbed, absorb_after, absorb_before, write
 from .affine import Affine, Refusal, affine_of
@@ -33,6 +38,23 @@ class Fold(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"float"})
     establishes: ClassVar[frozenset[str]] = frozenset({"folded"})
 
+    clean: bool = True
+    """Also run the clean-up rules (constant folding, identities, common subexpressions, ...)."""
+    verify: Literal["window", "model", "off"] = "model"
+    """What is checked: "model" compares the whole model before and after; "window" also runs every rewrite alone, on a
+    small graph cut out round it, and leaves it undone where the numbers differ; "off" checks nothing."""
+    rules: list[str] | None = None
+    """Only the rules of these names; all if None."""
+    disable: list[str] = []
+    """Names of rules not to run."""
+
+    def prepare(self, ctx: Context) -> None:
+        """Every name in ``rules`` and ``disable`` must be a rule's."""
+        chosen(self._all_rules(), self.rules, self.disable, self.name)
+
+    def _all_rules(self) -> list[Rule]:
+        return [*fold_rules(), *(CLEAN_RULES if self.clean else [])]
+
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Fold what can be folded, in topological order; the graph's function stays the same to float tolerance."""
         decisions = materialize(graph, ctx)
@@ -45,7 +67,15 @@ class Fold(Pass):
         if folded or stored:
             graph.refresh()
         refused = len(norms) - folded
-        return Outcome(decisions=decisions, details={"folded": folded, "refused": refused, "stored": stored})
+        rules = chosen(self._all_rules(), self.rules, self.disable, self.name)
+        log = rewrite(graph, rules, Env(graph, ctx))
+        if log.applied:
+            graph.refresh()
+        decisions += log.decisions
+        folded += sum(d.action == "folded" for d in log.applied)
+        stored += sum(d.action == "stored" for d in log.applied)
+        details = {"folded": folded, "refused": refused + len(log.refused), "stored": stored}
+        return Outcome(decisions=decisions, details=details)
 
     def _fold(self, graph: Graph, node: Node, captured: set[int]) -> Decision:
         affine = affine_of(node)
@@ -68,6 +98,16 @@ class Fold(Pass):
         into = ", ".join(biases)
         reason = f"absorbed by {into}, which stands {side} it"
         return Decision(node.name, "folded", reason, {"scope": node.scope, "side": side, "bias": biases})
+
+
+def fold_rules() -> list[Rule]:
+    """All rules of the fold family, in the order in which they are tried at a node."""
+    families = ((".constants", "CONSTANT_RULES"), (".affine_rules", "AFFINE_RULES"), (".linear_rules", "LINEAR_RULES"))
+    found: list[Rule] = []
+    for module, name in families:
+        if importlib.util.find_spec(module, __package__) is not None:
+            found += getattr(importlib.import_module(module, __package__), name, [])
+    return found
 
 
 def _refused(node: Node, reason: str) -> Decision:

@@ -1,0 +1,44 @@
+"""The pass Clean: what a user expects of a graph optimizer, run to a fixed point, without changing one number."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from ...graph.ir import Graph
+from ..base import Context, Contract, Needs, Outcome, Pass
+from ..rewrite import Env, rewrite
+from ..rewrite.choice import chosen
+from . import CLEAN_RULES
+
+
+class Clean(Pass):
+    """Tidy the graph: constants, sizes, dead code, common subexpressions, identities and inverse pairs.
+
+    One call reaches the fixed point. What the user knows stays as it is: graph inputs and outputs, initializers that a
+    caller can override, metadata, opset, random operators, nodes in training mode. Each rule states its identity, its
+    conditions and its refusals; every rewrite is in the report with the nodes it touched.
+    """
+
+    name: ClassVar[str] = "clean"
+    contract: ClassVar[Contract] = Contract.EXACT
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    verify: Literal["window", "model", "off"] = "model"
+    """What is checked: "model" compares the whole model before and after; "window" also runs every rewrite alone, on a
+    small graph cut out round it, and leaves it undone where the numbers differ; "off" checks nothing."""
+    rules: list[str] | None = None
+    """Only the rules of these names; all if None."""
+    disable: list[str] = []
+    """Names of rules not to run."""
+
+    def prepare(self, ctx: Context) -> None:
+        """Every name in ``rules`` and ``disable`` must be a rule's."""
+        chosen(CLEAN_RULES, self.rules, self.disable, self.name)
+
+    def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        """Run the clean-up rules to their fixed point."""
+        rules = chosen(CLEAN_RULES, self.rules, self.disable, self.name)
+        log = rewrite(graph, rules, Env(graph, ctx))
+        if log.applied:
+            graph.refresh()
+        return Outcome(decisions=log.decisions, details={"rewritten": len(log.applied), "refused": len(log.refused)})
