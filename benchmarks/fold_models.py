@@ -1,0 +1,176 @@
+"""timm's model list at random weights: export, fold, compare. How many come out unchanged, how many nodes they lose.
+
+    OMP_NUM_THREADS=1 python benchmarks/fold_models.py [--minutes 30] [--front onnx fx] [--json FILE] [NAME ...]
+
+Every architecture once: of the variants that one module of timm defines, those with the fewest parameters first (all
+of them come up if the time suffices), up to ``--parameters``. Batch-norm statistics, gains and layer scales are random,
+so that no branch is the identity or hidden behind a zero. ``onnx``: torch's exporter without its own optimizer, then
+``P.fold`` on the file, both run in ONNX Runtime with its graph optimizations off. ``fx``: ``P.fold`` on the module,
+both called in torch. The error is relative to the largest output; "wrong" is above 1e-4 or another shape or NaN where
+there was none. Each model runs in a process of its own. Needs the extras timm and bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import architectures  # noqa: F401  (puts tests/support on the path)
+import numpy as np
+from coverage import isolated
+
+WRONG = 1e-4
+
+
+def names(limit: float) -> list[str]:
+    """timm's models by (rank of size within their module, size), those above ``limit`` parameters left out."""
+    import timm
+    import torch
+
+    by_module: dict[str, list[tuple[int, str]]] = {}
+    for module in timm.list_modules():
+        for name in timm.list_models(module=module):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name, pretrained=False)
+            except Exception as error:  # counted, not hidden: main prints them
+                by_module.setdefault(module, []).append((-1, f"!{name}: {type(error).__name__}"))
+                continue
+            size = sum(p.numel() for p in model.parameters())
+            if size <= limit:
+                by_module.setdefault(module, []).append((size, name))
+    ranked = [(rank, size, name) for found in by_module.values() for rank, (size, name) in enumerate(sorted(found))]
+    return [name for _, _, name in sorted(ranked)]
+
+
+def build(name: str) -> tuple[Any, Any]:
+    """(module in eval mode with random statistics and gains, one image)."""
+    import torch
+    from support import timm_models
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = timm_models.create(name)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        for p in model.parameters():
+            if p.numel() > 1 and bool((p == p.flatten()[0]).all()):
+                p.add_(0.1 * torch.randn_like(p))
+    channels, height, width = model.default_cfg["input_size"]
+    return model.eval(), torch.randn(1, channels, height, width)
+
+
+def worst(before: list[np.ndarray], after: list[np.ndarray]) -> float:
+    """The largest error relative to the largest number of its output; inf for another shape or new NaNs."""
+    if len(before) != len(after):
+        return float("inf")
+    found = 0.0
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape or bool((np.isfinite(a) & ~np.isfinite(b)).any()):
+            return float("inf")
+        good = np.isfinite(a)
+        found = max(found, float(np.abs(a - b)[good].max(initial=0) / max(np.abs(a[good]).max(initial=0), 1e-30)))
+    return found
+
+
+def fold_onnx(name: str) -> dict[str, Any]:
+    import onnxruntime as ort
+    import torch
+    from foldline import passes as P
+
+    model, image = build(name)
+    program = torch.onnx.export(model, (image,), dynamo=True, optimize=False, verbose=False)
+    assert program is not None
+    proto = program.model_proto
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+    def run(m: Any) -> list[np.ndarray]:
+        session = ort.InferenceSession(m.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found: list[np.ndarray] = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+        return found
+
+    start = time.process_time()
+    folded = P.fold(proto, verify=False).model
+    seconds = time.process_time() - start
+    before, after = len(proto.graph.node), len(folded.graph.node)
+    return {"nodes": [before, after], "error": worst(run(proto), run(folded)), "seconds": seconds}
+
+
+def fold_fx(name: str) -> dict[str, Any]:
+    import foldline as fl
+    import torch
+    from foldline import passes as P
+    from torch.utils import _pytree as pytree
+
+    model, image = build(name)
+
+    def run(m: Any) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [x.numpy() for x in pytree.tree_leaves(m(image)) if isinstance(x, torch.Tensor)]
+
+    start = time.process_time()
+    result = P.fold(model, (image,), verify=False)
+    seconds = time.process_time() - start
+    before = len(fl.load(model, (image,)).nodes)
+    return {
+        "nodes": [before, len(result.graph.nodes)],
+        "error": worst(run(model), run(result.model)),
+        "seconds": seconds,
+    }
+
+
+FRONTS = {"onnx": fold_onnx, "fx": fold_fx}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--front", nargs="+", default=["onnx"], choices=list(FRONTS))
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th model from the i-th on")
+    parser.add_argument("--parameters", type=float, default=40e6, help="models above this size are left out")
+    parser.add_argument("--timeout", type=float, default=240)
+    parser.add_argument(
+        "--json", type=Path, help="append one line of JSON per model to this file; done ones are skipped"
+    )
+    parser.add_argument("models", nargs="*")
+    args = parser.parse_args()
+    import torch
+    from support import timm_models
+
+    timm_models.timm()
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    done = set()
+    if args.json and args.json.exists():
+        done = {json.loads(line)["model"] for line in args.json.read_text().splitlines()}
+    index, count = map(int, args.shard.split("/"))
+    listed = args.models or names(args.parameters)
+    chosen = [n for n in listed[index::count] if n not in done and not n.startswith("!")]
+    totals = {front: {"good": 0, "wrong": 0, "failed": 0} for front in args.front}
+    for name in chosen:
+        if time.monotonic() - start > 60 * args.minutes:
+            break
+        found = {front: isolated(FRONTS[front], name, limit=args.timeout) for front in args.front}
+        for front, result in found.items():
+            bad = "failed" not in result and not result["error"] <= WRONG
+            totals[front]["failed" if "failed" in result else "wrong" if bad else "good"] += 1
+            told = result.get("failed") or f"{result['nodes'][0]} -> {result['nodes'][1]} nodes, {result['error']:.1e}"
+            print(f"{'WRONG ' if bad else ''}{name} ({front}): {told}", flush=True)
+        if args.json:
+            with args.json.open("a") as out:
+                out.write(json.dumps({"model": name, **found}) + "\n")
+    unbuildable = [n for n in listed if n.startswith("!")]
+    print(
+        f"{len(listed)} listed, {len(unbuildable)} not buildable; " + "; ".join(f"{f}: {t}" for f, t in totals.items())
+    )
+
+
+if __name__ == "__main__":
+    main()
