@@ -78,6 +78,16 @@ def absorb_before(node: Node, affine: Affine) -> Absorbed | Refusal:
     return Absorbed(node, stored, slot, scaled, slot.data(len(constant)) + constant * (alpha / beta))
 
 
+def expected_bias(new: Absorbed) -> str:
+    """What :func:`write` will make of the bias: ``"kept"``, ``"updated"``, ``"created"`` or ``"untied"``."""
+    if new.bias is None:
+        return "kept"
+    old = None if new.slot.value is None else new.slot.value.weight
+    if new.slot.value is not None and old is not None and len(new.slot.value.uses) == 1 and len(old.aliases) <= 1:
+        return "updated"
+    return "created" if new.slot.value is None else "untied"
+
+
 def write(graph: Graph, new: Absorbed) -> str:
     """Cast once and store; says what became of the bias (``"kept"``, ``"updated"``, ``"created"``, ``"untied"``)."""
     weight, bias = new.cast()

@@ -7,19 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...graph.ir import Node
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a fold does not happen, as a value: the pass reports it instead of guessing.
-
-    Attributes:
-        reason: one sentence.
-        node: name of the node in the way, where it is not the one to be folded.
-    """
-
-    reason: str
-    node: str = ""
+from ..rewrite.rule import Refusal, Why
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +45,7 @@ class Affine:
 def affine_of(node: Node) -> Affine | Refusal:
     """The affine map that a batch norm in eval mode is, with ``scale = gamma / sqrt(var + eps)``."""
     if node.attrs.get("training"):
-        return Refusal("it is in training mode: its statistics come from the batch")
+        return Refusal("it is in training mode: its statistics come from the batch", why=Why.TRAINING)
     if any(extra.uses or extra.is_output for extra in node.outputs[1:]):
         return Refusal("its batch statistics are read")
     gamma, beta, mean, var = (_vector(node, i) for i in range(1, 5))
@@ -65,7 +53,7 @@ def affine_of(node: Node) -> Affine | Refusal:
         ("scale", "bias", "mean", "variance"), range(1, 5), (gamma, beta, mean, var), strict=True
     ):
         if found is None and (operand > 2 or node.input(operand) is not None):
-            return Refusal(f"its {name} is not a constant")
+            return Refusal(f"its {name} is not a constant", why=Why.NOT_CONSTANT)
     assert mean is not None and var is not None
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = 1.0 / np.sqrt(var + float(node.attrs["eps"]))
@@ -73,7 +61,7 @@ def affine_of(node: Node) -> Affine | Refusal:
             scale = gamma * scale
         shift = (0.0 if beta is None else beta) - mean * scale
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return Refusal("its statistics give a scale or shift that is not finite")
+        return Refusal("its statistics give a scale or shift that is not finite", why=Why.RANGE)
     return Affine(1, scale, shift)
 
 
@@ -82,3 +70,6 @@ def _vector(node: Node, position: int) -> np.ndarray | None:
     value = node.input(position)
     data = None if value is None else value.const()
     return None if data is None else np.asarray(data).astype(np.float64).reshape(-1)
+
+
+__all__ = ["Affine", "Refusal", "affine_of"]
