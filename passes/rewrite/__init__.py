@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .engine import Log, rewrite
-from .rule import Env, Refusal, Rewrite, Rule, Why
+from .rule import ANY, Env, Refusal, Rewrite, Rule, Why
 
-__all__ = ["Env", "Log", "Refusal", "Rewrite", "Rule", "Why", "rewrite"]
+__all__ = ["ANY", "Env", "Log", "Refusal", "Rewrite", "Rule", "Why", "rewrite"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...graph.ir import Graph, Node, Value
 from ..base import Decision
-from .rule import Env, Refusal, Rewrite, Rule
+from .rule import ANY, Env, Refusal, Rewrite, Rule
 
 
 @dataclass
@@ -31,13 +31,11 @@ class Log:
 
 def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
     """Apply ``rules`` to ``graph`` until none of them finds anything; earlier rules go first at a node."""
-    index: dict[str, list[Rule]] = {}
-    for rule in rules:
-        for op in rule.ops:
-            index.setdefault(op, []).append(rule)
+    anywhere = [rule for rule in rules if ANY in rule.ops]
+    index = {op: [r for r in rules if op in r.ops or ANY in r.ops] for rule in rules for op in rule.ops}
     log = Log()
     refusals: dict[tuple[str, str], Decision] = {}
-    work = deque(node for node in graph.nodes if node.op in index)
+    work = deque(node for node in graph.nodes if anywhere or node.op in index)
     queued = {id(node) for node in work}
     gone: set[int] = set()
     while work:
@@ -45,7 +43,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
         queued.discard(id(node))
         if id(node) in gone:
             continue
-        for rule in index.get(node.op, ()):
+        for rule in index.get(node.op, anywhere):
             found = rule.match(node, env)
             if isinstance(found, Refusal):
                 data = {"rule": rule.name, "why": found.why.value, "scope": node.scope}
@@ -59,7 +57,7 @@ def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
             again = [*before, *(found.apply(graph) or ())]
             gone |= erase_dead(graph, found.nodes)
             for other in again:
-                if id(other) not in gone and id(other) not in queued and other.op in index:
+                if id(other) not in gone and id(other) not in queued and (anywhere or other.op in index):
                     work.append(other)
                     queued.add(id(other))
             break

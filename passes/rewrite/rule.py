@@ -12,6 +12,10 @@ from ...graph.ir import Graph, Node, Value
 from ..base import Context
 
 
+ANY = "*"
+"""In ``Rule.ops``: the rule looks at every node, whatever its op."""
+
+
 class Why(StrEnum):
     """Kinds of reasons for which a rewrite does not happen."""
 
@@ -99,7 +103,7 @@ class Rule(abc.ABC):
 
     Class variables:
         name: how options, logs and the documentation call it.
-        ops: canonical ops of the nodes at which it looks (the anchor).
+        ops: canonical ops of the nodes at which it looks (the anchor); :data:`ANY` for every op.
     """
 
     name: ClassVar[str] = ""
