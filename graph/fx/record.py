@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import get_ident
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._export.utils import _compiling_state_context
-from torch._ops import _set_mode_pre_dispatch, unset_mode_pre_dispatch
+from torch._library.utils import handle_dispatch_mode
+from torch._ops import _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch, unset_mode_pre_dispatch
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
@@ -27,6 +29,8 @@ from .trace import Capture, copied_with, module_tensors
 aten = torch.ops.aten
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _NODE = "_foldline_node"
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_PRE_DISPATCH_SET = torch._C.DispatchKeySet(_PRE_DISPATCH)
 
 
 class CannotRecord(Exception):
@@ -96,6 +100,7 @@ class _Tape(SchemaCheckMode):
         self.made: dict[str, fx.Node] = {}
         self.first: fx.Node | None = None
         self.fresh: dict[int, tuple[fx.Node, torch.Tensor]] = {}
+        self.answered: list[Any] = []
         self.twin = self._on_meta(module)
 
     def _on_meta(self, module: nn.Module) -> nn.Module:
@@ -183,15 +188,42 @@ class _Tape(SchemaCheckMode):
         return self.made[name]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise CannotRecord("an autocast region")
         if func in _RESHAPING_IN_PLACE:
             raise CannotRecord(f"{func} changes the shape of a tensor in place")
-        given = self._arguments(args), self._arguments(kwargs)
-        out = shortcut(func, args, kwargs)
-        if out is None:
-            with torch._C._DisablePythonDispatcher():
+        if isinstance(func, torch._ops.OpOverload):
+            self._answer_directly(func)
+        return self.call(func, args, kwargs or {})
+
+    def _answer_directly(self, func: Any) -> None:
+        """Let the dispatcher hand further calls of this op straight to this tape (torch looks them up anew each time)."""
+        thread = get_ident()
+
+        def handler(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() != thread:  # a capture in another thread: as torch does it
+                mode = _pop_mode_from_pre_dispatch()
+                try:
+                    return handle_dispatch_mode(mode, func, *args, **kwargs)
+                finally:
+                    _set_mode_pre_dispatch(mode)
+            return self.call(func, args, kwargs)
+
+        if func._dispatch_cache.setdefault(_PRE_DISPATCH, handler) is handler:
+            self.answered.append(func)
+
+    def forget(self) -> None:
+        """Take back what :meth:`_answer_directly` left in torch's tables."""
+        for func in self.answered:
+            func._dispatch_cache.pop(_PRE_DISPATCH, None)
+        self.answered.clear()
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the model: recorded, and answered by shape."""
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise CannotRecord("an autocast region")
+        given = self._arguments(args), self._arguments(kwargs) if kwargs else {}
+        with torch._C._ExcludeDispatchKeyGuard(_PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
+            out = shortcut(func, args, kwargs)
+            if out is None:
                 out = func(*args, **kwargs)
         if not isinstance(out, (torch.Tensor, list, tuple)):
             if func in _SIZES:
@@ -294,3 +326,4 @@ def _recording(tape: _Tape) -> Iterator[None]:
             yield
         finally:
             unset_mode_pre_dispatch(None, schema_check=True)
+            tape.forget()
