@@ -1,90 +1,352 @@
-"""Operands computed from constants alone become stored weights, so that folds see them.
-
-Exporters write a missing bias as zeros expanded to the weight's shape, a missing gain as ones, and parametrizations as
-arithmetic on parameters. Such an operand has the same value in every run: it is read off one execution of the graph.
-"""
+"""Everything computed from parameters and constants alone becomes a stored weight."""
 
 from __future__ import annotations
 
-from ...graph.execute import run_graph, synthesize_inputs
-from ...graph.ir import Graph, Node, Value
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...graph.ir import Graph, Node, Value, Weight
+from ...graph.ops import known_ops
 from ..base import Context, Decision
+from ..rewrite import Env, Refusal, Rewrite, Rule, Why, rewrite
+from .evaluate64 import RUNTIME, evaluable, evaluate64
 
-OPERATORS = ("conv", "linear", "batch_norm")
-"""The operators whose operands 1, 2, ... are wanted as stored weights."""
+READERS = {
+    **dict.fromkeys(("conv", "linear", "batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"), 1),
+    **dict.fromkeys(("lstm", "gru", "rnn"), 3),
+}
+"""Operators whose operands from this position on are wanted as stored weights, whatever computes them."""
 
-RUNTIME = frozenset(("random", "opaque", "if", "loop", "scan", "quantize", "dequantize", "fake_quantize"))
-"""Ops that are no function of their operands, hold graphs of their own, or carry a quantization worth keeping."""
+MOVES = frozenset(
+    "reshape transpose squeeze unsqueeze expand identity concat stack split unbind slice select gather flip roll tile "
+    "repeat_interleave cast full full_like arange pad".split()
+)
+"""Ops without arithmetic. In a module they cost next to nothing, and storing their result would cost the module its
+class; they are folded there only for :data:`READERS`."""
+
+FREE = 1 << 20
+"""Bytes up to which a result may be stored although it is larger than what it is computed from."""
+BUDGET = 64 << 20
+"""Bytes that all such results of one run may add together."""
+GROWTH = 2.0
+"""A result may be this many times as large as the weights that vanish with its computation."""
+
+_NAMES = (
+    re.compile(r"^(?P<home>.*?\.?)parametrizations\.(?P<slot>\w+)\."),  # torch.nn.utils.parametrize
+    re.compile(r"^(?P<home>(?:.*\.)?)(?P<slot>\w+)_(?:g|v|orig)$"),  # hooks of weight norm and of spectral norm
+)
+
+
+@dataclass
+class _Component:
+    """Constant nodes that share operands, and the values of theirs that somebody else reads.
+
+    Attributes:
+        nodes: operands before readers.
+        roots: values with a reader outside, or graph outputs.
+        leaves: weights that the nodes read.
+        pinned: whether some value must stay computed: a subgraph reads it, or a size at run time.
+    """
+
+    nodes: list[Node]
+    roots: list[Value]
+    leaves: list[Weight]
+    pinned: bool
+    cones: dict[int, list[Node]] = field(default_factory=dict)
+
+    def cone(self, root: Value) -> list[Node]:
+        """The nodes that compute one root."""
+        if id(root) not in self.cones:
+            wanted = {id(root)}
+            found: list[Node] = []
+            for node in reversed(self.nodes):
+                if any(id(v) in wanted for v in node.outputs):
+                    found.append(node)
+                    wanted.update(id(v) for v in [*node.inputs, *node.dynamic] if v is not None)
+            self.cones[id(root)] = found[::-1]
+        return self.cones[id(root)]
+
+
+class ConstantSubgraph(Rule):
+    """Evaluate what is computed from parameters and constants alone, and store the result.
+
+    Identity: a deterministic function of tensors that are the same in every run is itself the same in every run.
+    Weight norm, spectral norm (by the stored u and v), orthogonal and other parametrizations, weight standardization,
+    adapters beside a weight, hypernetworks with a bound input, hash-shared weights and random subspaces all are such
+    functions. Computed in float64, rounded once to the dtype the value had; integers as they are.
+    Conditions: every leaf is a weight or a literal, at least one of them a weight (or the result is an operand of a
+    linear operator or a norm); every op is deterministic.
+    Refuses: random ops, ops in training mode, control flow, quantize and dequantize (a quantization is worth keeping),
+    values that subgraphs or computed sizes read, and results much larger than the weights they replace.
+    """
+
+    name = "constant_subgraph"
+    ops = tuple(op for op in known_ops() if op not in RUNTIME and op not in ("shape_of", "scalar"))
+
+    def __init__(self, *, free: int = FREE, budget: int = BUDGET, growth: float = GROWTH, within: str = "") -> None:
+        """``free``, ``budget`` (bytes) and ``growth`` set the size guard; ``within``: only what this scope reads."""
+        self.free, self.budget, self.growth, self.within = free, budget, growth, within
+
+    def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
+        """Anchored at a node whose operands are all stored: every constant subgraph has one."""
+        if any(v is not None and not v.is_const for v in [*node.inputs, *node.dynamic]):
+            return None
+        known: dict[Value, bool] = env.memo.setdefault("constant values", {})
+        if known.get(node.outputs[0], True) is False or not evaluable(env.graph, node):
+            return None
+        refused: set[Node] = env.memo.setdefault("constant subgraphs refused", set())
+        if node in refused:
+            return None
+        found = _component(node, env, known)
+        roots = [root for root in found.roots if self._wanted(root, found, env.graph)]
+        if not roots:
+            refused.update(found.nodes)
+            return None
+        grown = _growth(found, roots)
+        spent: int = env.memo.get("constant bytes", 0)
+        if not self._affordable(grown, found, roots, spent):
+            small = [r for r in roots if _bytes(r) <= self.free]
+            grown = sum(map(_bytes, small))
+            if not small or spent + grown > self.budget:
+                refused.update(found.nodes)
+                large = max(roots, key=_bytes)
+                return Refusal(
+                    f"{large.name} would be stored with {_bytes(large)} bytes in place of {_freed(found)}",
+                    node=large.producer.name if large.producer is not None else "",
+                    why=Why.SIZE,
+                )
+            roots = small
+        data = {"values": [r.name for r in roots], "bytes": sum(map(_bytes, roots)), "grown": grown}
+        return Rewrite(
+            _window(found, roots),
+            self._storing(env, found, [r.name for r in roots], grown),
+            action="stored",
+            reason=f"computed from constants alone: {', '.join(r.name for r in roots[:3])}",
+            data=data,
+        )
+
+    def _wanted(self, root: Value, found: _Component, graph: Graph) -> bool:
+        """Whether storing this value is worth while."""
+        outside = [(user, i) for user, i in root.uses if user not in set(found.nodes)]
+        if self.within and not any((u.scope + ".").startswith(self.within + ".") for u, _ in outside):
+            return False
+        if any(position >= READERS.get(user.op, 99) for user, position in outside):
+            return True
+        cone = found.cone(root)
+        if not any(v is not None and v.weight is not None for node in cone for v in node.inputs):
+            return False
+        if root.producer is not None and root.producer.op == "identity" and not outside:
+            return False  # an output that repeats a weight
+        return graph.kind != "fx" or any(node.op not in MOVES for node in cone)
+
+    def _affordable(self, grown: int, found: _Component, roots: Sequence[Value], spent: int) -> bool:
+        if grown <= 0:
+            return True
+        stored = sum(map(_bytes, roots))
+        if stored <= self.growth * _freed(found):
+            return True
+        return all(_bytes(r) <= self.free for r in roots) and spent + grown <= self.budget
+
+    def _storing(
+        self, env: Env, found: _Component, names: list[str], grown: int
+    ) -> Callable[[Graph], Sequence[Node] | None]:
+        def apply(graph: Graph) -> Sequence[Node]:
+            roots = [graph.values[name] for name in names]
+            data = evaluate64(graph, roots)
+            window = {n.name for n in _window(found, found.roots)}
+            again: list[Node] = []
+            for root in roots:
+                again += store(graph, root, data[root.name], window)
+            env.memo["constant bytes"] = env.memo.get("constant bytes", 0) + max(grown, 0)
+            return again
+
+        return apply
+
+
+def store(graph: Graph, root: Value, data: np.ndarray, window: set[str]) -> list[Node]:
+    """Let every reader of ``root`` read a stored tensor instead; returns those readers.
+
+    The tensor takes the place and name of a weight that only the computation (nodes by name in ``window``) read and
+    that looks like it, else the name under which parametrized modules show it, else the name of the value.
+    """
+    readers = [user for user, _ in root.uses]
+    outside = [user for user in readers if user.name not in window]
+    leaves = _leaves_of(root)
+    trainable = any(w.trainable for w in leaves)
+    trainable |= any(v is not None and v.weight is not None and v.weight.trainable for u in outside for v in u.inputs)
+    trainable &= np.asarray(data).dtype.kind not in "iub"
+    name = _given_name(leaves)
+    old = None if name else _replaceable(root, leaves, window)
+    if old is not None and old.value is not None:
+        graph.set_weight(old, data)
+        stored = old.value
+    else:
+        stored = graph.add_weight(
+            name or root.name, np.ascontiguousarray(data).reshape(data.shape), trainable=trainable
+        )
+    inner = [user for user in readers if user.name in window]
+    graph.replace_uses(root, stored, except_nodes=inner)
+    return outside
+
+
+def _leaves_of(root: Value) -> list[Weight]:
+    """The weights from which a value is computed, in the order in which a walk up finds them."""
+    found: dict[str, Weight] = {}
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if value.weight is not None:
+            found.setdefault(value.weight.name, value.weight)
+        elif value.producer is not None:
+            stack += [v for v in [*value.producer.inputs, *value.producer.dynamic] if v is not None][::-1]
+    return list(found.values())
+
+
+def _given_name(leaves: Iterable[Weight]) -> str:
+    """The name of the parametrized tensor to which the leaves belong, if they name one."""
+    for leaf in leaves:
+        for pattern in _NAMES:
+            if (found := pattern.match(leaf.name)) is not None:
+                return found["home"] + found["slot"]
+    return ""
+
+
+def _replaceable(root: Value, leaves: Iterable[Weight], window: set[str]) -> Weight | None:
+    """A weight of the result's shape and dtype that nothing but its computation reads."""
+    fits = [
+        leaf
+        for leaf in leaves
+        if leaf.shape == tuple(root.shape or ()) and leaf.dtype == root.dtype and leaf.shape
+        if len(leaf.aliases) == 1 and leaf.value is not None and not leaf.value.is_output
+        if all(user.name in window for user, _ in leaf.value.uses)
+    ]
+    fits.sort(key=lambda w: (w.kind != "parameter", w.name.rpartition(".")[2] != "weight"))
+    return fits[0] if fits else None
+
+
+def _component(start: Node, env: Env, known: dict[Value, bool]) -> _Component:
+    """The constant nodes connected with ``start`` through values that only constant nodes make."""
+    if "size readers" not in env.memo:
+        readers: dict[Value, list[Node]] = {}
+        for node in env.graph.nodes:
+            for value in node.dynamic:
+                readers.setdefault(value, []).append(node)
+        env.memo["size readers"] = readers
+    sized: dict[Value, list[Node]] = env.memo["size readers"]
+    nodes: dict[Node, None] = {}
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            continue
+        nodes[node] = None
+        stack += [v.producer for v in [*node.inputs, *node.dynamic] if v is not None and v.producer is not None]
+        for made in node.outputs:
+            users = [*(user for user, _ in made.uses), *sized.get(made, ())]
+            stack += [user for user in users if user not in nodes and _is_constant(user, env, known)]
+    order = _ordered(nodes)
+    made_here = {v for node in order for v in node.outputs}
+    pinned = any(id(v) in env.captured or any(n not in nodes for n in sized.get(v, ())) for v in made_here)
+    roots: list[Value] = []
+    leaves: dict[str, Weight] = {}
+    for node in order:
+        for value in node.inputs:
+            if value is not None and value.weight is not None:
+                leaves.setdefault(value.weight.name, value.weight)
+        for made in node.outputs:
+            if made.is_output or any(user not in nodes for user, _ in made.uses):
+                roots.append(made)
+    return _Component(order, roots, list(leaves.values()), pinned)
+
+
+def _ordered(nodes: Iterable[Node]) -> list[Node]:
+    """Operands before readers, without a look at the rest of the graph."""
+    order: list[Node] = []
+    done: set[Node] = set()
+    inside = set(nodes)
+    for first in nodes:
+        stack: list[tuple[Node, bool]] = [(first, False)]
+        while stack:
+            node, ready = stack.pop()
+            if ready:
+                order.append(node)
+            elif node not in done:
+                done.add(node)
+                stack.append((node, True))
+                feeding = [
+                    v.producer for v in [*node.inputs, *node.dynamic] if v is not None and v.producer is not None
+                ]
+                stack += [(n, False) for n in feeding if n in inside and n not in done]
+    return order
+
+
+def _is_constant(node: Node, env: Env, known: dict[Value, bool]) -> bool:
+    """Whether every operand of a node is the same in every run and the node deterministic; answers are remembered."""
+    stack: list[tuple[Node, bool]] = [(node, False)]
+    while stack:
+        at, ready = stack.pop()
+        made = at.outputs[0] if at.outputs else None
+        if made is None or (made in known and not ready):
+            if at is node:
+                return made is not None and known[made]
+            continue
+        feeding = [v for v in [*at.inputs, *at.dynamic] if v is not None and not v.is_const]
+        missing = [v.producer for v in feeding if v.producer is not None and v not in known]
+        if not ready and missing and not any(v.producer is None for v in feeding):
+            stack.append((at, True))
+            stack += [(n, False) for n in missing]
+            continue
+        same = all(known.get(v, False) for v in feeding) and evaluable(env.graph, at) and at.op != "shape_of"
+        known.update((v, same) for v in at.outputs)
+    return known[node.outputs[0]]
+
+
+def _window(found: _Component, roots: Sequence[Value]) -> list[Node]:
+    """The nodes that compute ``roots``."""
+    if len(roots) == len(found.roots):
+        return found.nodes
+    wanted = {id(node) for root in roots for node in found.cone(root)}
+    return [node for node in found.nodes if id(node) in wanted]
+
+
+def _bytes(value: Value) -> int:
+    shape = value.hint if value.hint is not None else ()
+    return int(np.prod(shape, dtype=np.int64)) * _width(value.dtype)
+
+
+def _width(dtype: str) -> int:
+    digits = re.search(r"(\d+)", dtype)
+    return max(1, int(digits[1]) // 8) if digits else 1
+
+
+def _freed(found: _Component) -> int:
+    """Bytes of the weights that vanish with the whole component."""
+    if found.pinned:
+        return 0
+    inside = set(found.nodes)
+    gone = [
+        w
+        for w in found.leaves
+        if w.value is not None and not w.value.is_output and all(user in inside for user, _ in w.value.uses)
+    ]
+    return sum(w.size * _width(w.dtype) for w in gone)
+
+
+def _growth(found: _Component, roots: Sequence[Value]) -> int:
+    """Bytes that the model gains when ``roots`` are stored."""
+    return sum(map(_bytes, roots)) - (_freed(found) if len(roots) == len(found.roots) else 0)
+
+
+CONSTANT_RULES: list[Rule] = [ConstantSubgraph()]
 
 
 def materialize(graph: Graph, ctx: Context) -> list[Decision]:
-    """Store every operand of :data:`OPERATORS` that is computed from constants alone; drop what computed it."""
-    constant = _constant_values(graph)
-    wanted: dict[str, list[tuple[Node, int]]] = {}
-    for node in graph.nodes:
-        if node.op in OPERATORS:
-            for position, value in enumerate(node.inputs):
-                if position and value is not None and not value.is_const and id(value) in constant:
-                    wanted.setdefault(value.name, []).append((node, position))
-    if not wanted:
-        return []
-    inputs = synthesize_inputs(graph, ctx.seed) if ctx.example_inputs is None else graph.bind(ctx.example_inputs)
-    _, found = run_graph(graph, inputs, list(wanted))
-    decisions = []
-    for name, uses in wanted.items():
-        producer = graph.values[name].producer
-        trainable = any(_trainable(node) for node, _ in uses)
-        stored = graph.add_weight(name, found[name].copy(), trainable=trainable)
-        for node, position in uses:
-            graph.set_input(node, position, stored)
-            reason = f"its operand {position} is computed from constants alone"
-            decisions.append(Decision(node.name, "stored", reason, {"weight": stored.name}))
-        if producer is not None:
-            _erase_dead(graph, producer)
-    return decisions
-
-
-def _trainable(node: Node) -> bool:
-    """Whether any weight of a node is."""
-    return any(v is not None and v.weight is not None and v.weight.trainable for v in node.inputs[1:])
-
-
-def _constant_values(graph: Graph) -> set[int]:
-    """Ids of the computed values that are the same in every run."""
-    constant: set[int] = set()
-
-    def known(value: Value | None) -> bool:
-        return value is None or value.is_const or id(value) in constant
-
-    for node in graph.nodes:
-        if node.op in RUNTIME or node.captured:
-            continue
-        if node.op == "shape_of":
-            same = _static(node)
-        else:
-            sizes = [] if node.op == "cast" else node.dynamic  # CastLike reads a dtype, which is no number
-            same = all(map(known, node.inputs)) and all(map(known, sizes))
-        if same:
-            constant.update(id(value) for value in node.outputs)
-    return constant
-
-
-def _static(node: Node) -> bool:
-    """Whether the sizes that a shape_of reads are numbers."""
-    data = node.inputs[0] if node.inputs else None
-    if data is None or data.shape is None:
-        return False
-    return all(isinstance(data.shape[axis], int) for axis in node.attrs["axes"])
-
-
-def _erase_dead(graph: Graph, node: Node) -> None:
-    """Erase a node nobody reads, and what then is read by nobody."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        sizes = {id(v) for user in graph.nodes for v in [*user.dynamic, *user.captured]}
-        if node not in graph.nodes or any(v.uses or v.is_output or id(v) in sizes for v in node.outputs):
-            continue
-        sources = [v.producer for v in [*node.inputs, *node.dynamic] if v is not None and v.producer is not None]
-        graph.erase(node)
-        stack += sources
+    """Run :data:`CONSTANT_RULES` alone; what was stored and what was refused."""
+    return rewrite(graph, CONSTANT_RULES, Env(graph, ctx)).decisions
