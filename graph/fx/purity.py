@@ -1,0 +1,49 @@
+"""Purity and equality of fx calls."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..ir import Node
+
+SCALAR = ("_operator", "operator", "math", "builtins")
+"""Modules whose functions only compute sizes."""
+
+
+@cache
+def _pure(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        drawn = torch.Tag.nondeterministic_seeded in target.tags
+        return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
+    return not isinstance(target, torch._ops.HigherOrderOperator) and getattr(target, "__module__", "") in SCALAR
+
+
+def is_pure(node: Node) -> bool:
+    """See :func:`foldline.graph.purity.is_pure`. Dropout counts as not pure: the model may be trained again."""
+    trains = node.op == "identity" and node.attrs.get("fn") in ("dropout", "detach")
+    return not trains and _pure(node.native.target)
+
+
+def signature(node: Node) -> Hashable | None:
+    """See :func:`foldline.graph.purity.signature`."""
+    call: fx.Node = node.native
+    args = fx.node.map_arg((call.args, call.kwargs), lambda n: _Operand(n))
+    try:
+        return (call.target, repr(args))
+    except Exception:  # a user's object in the arguments whose repr fails: not comparable
+        return None
+
+
+class _Operand:
+    """Stands for an operand in a signature: equal where it is the same fx node."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.text = f"<{id(node):x}>"
+
+    def __repr__(self) -> str:
+        return self.text
