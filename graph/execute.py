@@ -202,8 +202,10 @@ def _integers(graph: Graph, value: Value, shape: tuple[int, ...], rng: np.random
     return _prefix_mask(shape, rng, whole_first=True).astype(dtype)
 
 
-def synthesize_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random inputs at the hint shapes, legal for their consumers and the same for the same seed.
+def synthesize_inputs(
+    graph: Graph, seed: int = 0, *, sizes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, np.ndarray]:
+    """Random inputs at the hint shapes (or at ``sizes``), legal for their consumers and the same for the same seed.
 
     Floats are normal. Integers that reach a gather (through casts, reshapes, slices, added constants) are drawn from
     the range that it can index; other integers are masks: row 0 all ones, the others ones followed by zeros.
@@ -222,7 +224,7 @@ def synthesize_inputs(graph: Graph, seed: int = 0) -> dict[str, np.ndarray]:
                 value=value.name,
                 hint="pass example_inputs to fl.load",
             )
-        shape = tuple(value.hint)
+        shape = tuple(value.hint) if sizes is None else sizes.get(value.name, tuple(value.hint))
         # Seeded per name: adding an input elsewhere leaves the others as they were.
         rng = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
         found[value.name] = _one_input(graph, value, shape, rng)

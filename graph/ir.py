@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,7 +41,7 @@ class Weight:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+        return prod(self.shape)
 
     def numpy(self) -> np.ndarray:
         """The data as numpy (ml_dtypes for bfloat16 and float8), without a copy where the storage allows it.
@@ -161,6 +162,37 @@ class Graph(abc.ABC):
             if name in w.aliases:
                 return w
         raise ConstraintError("no such weight", node=name, hint="list the names with `foldline inspect MODEL`")
+
+    def holds(self, node: Node) -> bool:
+        """Whether this very node is part of the graph (False once it was erased)."""
+        return any(n is node for n in self.nodes)
+
+    def is_read(self, value: Value) -> bool:
+        """Whether anything needs a value: a node, an attribute computed at run time, a subgraph, the caller."""
+        if value.uses or value.is_output:
+            return True
+        return any(v is value for n in self.nodes for v in (*n.dynamic, *n.captured))
+
+    def extract(self, nodes: Sequence[Node], *, readers: bool = False) -> Graph:
+        """A small graph of its own that holds copies of these nodes, under the same names.
+
+        What they read from outside becomes an input (constants stay constants, their data is shared; sizes that are
+        computed at run time bring the nodes that compute them); what others read becomes an output. Shapes, hints
+        and symbolic sizes are kept.
+
+        Args:
+            nodes: any nodes of this graph.
+            readers: let an identity stand between a value that others read and the output, so that in the copy too
+                the value is no graph output unless it is one here.
+
+        Raises:
+            ConstraintError: a node is not part of this graph, or the front end cannot cut graphs.
+        """
+        raise ConstraintError("this kind of graph cannot be cut", node=self.name, found=type(self).__name__)
+
+    def other_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all inputs under another choice for the symbolic sizes; {} where nothing is symbolic."""
+        return {}
 
     # ---- edits: each keeps view and native graph equal -------------------------------------------------------
     @abc.abstractmethod

@@ -126,6 +126,30 @@ class Reference:
 
 
 @dataclass
+class Fuel:
+    """How many rewrites the passes of a run may make, all together; ``taken`` tells which they made.
+
+    A model that comes out wrong is right with no rewrite and wrong with all of them: see :mod:`..rewrite.bisect`.
+
+    Attributes:
+        limit: the number; None: no limit.
+        taken: one decision per rewrite, in order.
+    """
+
+    limit: int | None = None
+    taken: list[Decision] = field(default_factory=list)
+
+    @property
+    def left(self) -> bool:
+        """Whether another rewrite may be made."""
+        return self.limit is None or len(self.taken) < self.limit
+
+    def take(self, decision: Decision) -> None:
+        """Count one rewrite that is about to be made."""
+        self.taken.append(decision)
+
+
+@dataclass
 class Context:
     """What the pipeline hands a pass besides the graph.
 
@@ -140,6 +164,9 @@ class Context:
         original: the graph of the model that came in.
         untouched: the graph as it is before the pass that is running, whose clone ``apply`` edits.
         reference: what a pass that selects leaves for those that repair; None while nothing was cut.
+        last: no pass comes after this one: nothing need be left for it.
+        spare: nobody needs the graph as it was loaded: the one pass of the run edits it, and no clone.
+        fuel: limits the rewrites of the passes that follow rules; None: no limit, nothing is counted.
     """
 
     example_inputs: Any = None
@@ -152,6 +179,9 @@ class Context:
     original: Graph | None = None
     untouched: Graph | None = None
     reference: Reference | None = None
+    last: bool = False
+    spare: bool = False
+    fuel: Fuel | None = None
 
 
 class Pass(BaseModel):
@@ -207,6 +237,10 @@ class Pass(BaseModel):
     def requirement(self) -> Needs:
         """What it needs under the options chosen; the class's own unless a subclass decides otherwise."""
         return self.needs
+
+    def verified(self) -> bool:
+        """Whether the pipeline compares the model before and after it (where the run is verified at all)."""
+        return True
 
     def selects_only(self) -> bool:
         """Whether, under these options, it does nothing but select indices by weights and shapes.
@@ -286,7 +320,7 @@ def as_function(cls: type[Pass]) -> Callable[..., Result]:
         example_inputs: Any = None,
         *,
         calibration: Any = None,
-        verify: bool = True,
+        verify: bool | str = True,
         seed: int = 0,
         inplace: bool = False,
         progress: Progress | None = None,
@@ -294,6 +328,8 @@ def as_function(cls: type[Pass]) -> Callable[..., Result]:
     ) -> Result:
         from .pipeline import Pipeline
 
+        if isinstance(verify, str):  # a word is the option of the pass, which says how; the run is then verified
+            options["verify"], verify = verify, True
         pipe = Pipeline([cls(**options)], seed=seed, name=cls.name)
         return pipe.run(
             model, example_inputs, calibration=calibration, verify=verify, inplace=inplace, progress=progress

@@ -152,7 +152,10 @@ class Pipeline:
         self._prepare(ctx)
         brief = calibration is None and all(step.selects_only() for step in self.passes)
         with _undisturbed() if brief else nullcontext():
-            return self._run(load(model, example_inputs, static=brief), model, ctx, inplace, rtol)
+            graph = load(model, example_inputs, static=brief)
+            # one pass that selects, and nothing to compare with: it may edit what was loaded for it alone
+            ctx.spare = brief and not verify and len(self.passes) == 1 and graph.kind == "fx" and graph is not model
+            return self._run(graph, model, ctx, inplace, rtol)
 
     def _run(self, graph: Graph, model: Any, ctx: Context, inplace: bool, rtol: float | None) -> Result:
         verify, calibration, example_inputs = ctx.verify, ctx.calibration, ctx.example_inputs
@@ -175,7 +178,7 @@ class Pipeline:
         if inputs is not None:
             report.notes += inputs.notes
             report.comparison = _overall(report, given, graph, inputs)
-        plan = self._plan(plans, given, edited_first, report) if plans else None
+        plan = plans[0] if ctx.spare and plans else self._plan(plans, given, edited_first, report) if plans else None
         result_model = graph.to_model()
         report.notes += [note for note in graph.notes if note not in report.notes]
         if inplace:
@@ -213,14 +216,15 @@ class Pipeline:
         checking = Meter()
         try:
             with Meter() as meter:
-                clone = graph.clone() if step.edits else graph
-                ctx.untouched = graph
+                ctx.last = i + 1 == len(self.passes)
+                clone = graph.clone() if step.edits and not ctx.spare else graph
+                ctx.untouched = None if ctx.spare else graph
                 outcome = step.apply(clone, ctx)
             new = outcome.graph or clone
             with checking:
                 check_graph(new)
                 measured = _measure(step, graph, new, inputs, rtol, outcome)
-                cost = before if new is graph else _cost(new)
+                cost = before if new is graph and not ctx.spare else _cost(new)
         except FoldlineError as exc:
             self._blame(exc, i, step)
             raise
@@ -319,7 +323,7 @@ def _measure(
 ) -> Measurement:
     if outcome.comparison is not None:
         return Measurement(outcome.comparison, ["example" if inputs is None else inputs.names[0]])
-    if inputs is None:
+    if inputs is None or not step.verified():
         return Measurement(why_not="not verified")
     if after is before:
         return Measurement(why_not="graph unchanged")

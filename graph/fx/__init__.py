@@ -10,8 +10,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..ir import Node, Value
 from .clean import clean
 from .edit import FXEdits
+from .extract import extract
 from .functional import Pure
 from .hf_config import update_configs
 from .modes import graph_module
@@ -70,6 +72,22 @@ class FXGraph(FXEdits):
     def clone(self) -> FXGraph:
         """A structural copy; tensors are shared and replaced, never modified, by edits of either."""
         return FXGraph(self.source, None, like=self)
+
+    def holds(self, node: Node) -> bool:
+        return self._node_of.get(node.native) is node
+
+    def is_read(self, value: Value) -> bool:
+        return bool(value.uses) or value.is_output or (value.native is not None and bool(value.native.users))
+
+    def extract(self, nodes: Sequence[Node], *, readers: bool = False) -> FXGraph:
+        return extract(self, nodes, readers)
+
+    def other_sizes(self) -> dict[str, tuple[int, ...]]:
+        if not any(isinstance(d, str) for v in self.inputs for d in v.shape or ()):
+            return {}
+        twin = self.clone()
+        twin.set_hints(**{symbol: size + 1 for symbol, size in self.sizes.items()})
+        return {v.name: v.hint for v in twin.inputs if v.hint is not None}
 
     def bind(self, batch: Any) -> dict[str, np.ndarray]:
         """One call's arguments as {graph input name: array}; see Graph.bind."""

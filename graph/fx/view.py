@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ConstraintError
 from ..ir import Dim, Graph, Node, Value, Weight
 from .copying import copy_view
+from .extract import Cut
 from .functional import Pure
 from .ops import Call, Slot, Spec, dtype_name, native_name, read
 from .record import Recorded
@@ -51,7 +52,13 @@ class FXView(Graph):
 
     kind = "fx"
 
-    def __init__(self, found: Capture, pure: Pure | Recorded | None, like: FXView | None = None) -> None:
+    def __init__(
+        self,
+        found: Capture,
+        pure: Pure | Recorded | Cut | None,
+        like: FXView | None = None,
+        names: dict[fx.Node, str] | None = None,
+    ) -> None:
         super().__init__()
         self.source = found
         self.tensors: dict[str, torch.Tensor] = {}
@@ -78,14 +85,14 @@ class FXView(Graph):
         self.out_spec = pure.out_spec
         self.mode: FakeTensorMode | None = None if isinstance(pure, Recorded) else _fake_mode(self.fx)
         self._adopt_weights(pure)
-        self._build({})
+        self._build(names or {})
         self._seen_used = set(self.weights)
         self.originals = dict(self.tensors)
         self.loaded_names = {a for w in self.weights.values() for a in w.aliases}
         self.pristine = self.snapshot()
 
     # ---- building the view -----------------------------------------------------------------------------------
-    def _adopt_weights(self, pure: Pure | Recorded) -> None:
+    def _adopt_weights(self, pure: Pure | Recorded | Cut) -> None:
         """One get_attr node per storage; aliases are every state-dict name of that storage."""
         names: dict[tuple[Any, ...], list[str]] = {}
         for name, tensor in self.state_tensors():
@@ -325,14 +332,7 @@ class FXView(Graph):
 
     def is_persistent(self, name: str) -> bool:
         """Does the caller's state_dict hold this name? (True for names foldline added.)"""
-        module = self.source.module
-        if module is None:
-            return True
-        path, _, leaf = name.rpartition(".")
-        try:
-            return leaf not in module.get_submodule(path)._non_persistent_buffers_set
-        except AttributeError:
-            return True
+        return name not in self.source.unsaved
 
     # ---- calls ------------------------------------------------------------------------------------------------
     def bind_tensors(self, batch: Any) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ..errors import ConstraintError
 from ..ir import Graph, Node, Value, Weight
 from . import edit as onnx_edit
+from . import extract as onnx_extract
 from . import load as onnx_load
 from . import native as onnx_native
 from . import place as onnx_place
@@ -257,6 +258,31 @@ class ONNXGraph(Graph):
 
     def erase(self, node: Node) -> None:
         onnx_edit.erase(self, node)
+
+    def holds(self, node: Node) -> bool:
+        return node in self.canon
+
+    def is_read(self, value: Value) -> bool:
+        if value.uses or value.is_output:
+            return True
+        stack, seen = [] if value.native is None else [value.native], set()
+        while stack:  # a size computation that the view shows as a number is alive while somebody reads that number
+            native = stack.pop()
+            if onnx_native.is_used(native, self.settled):
+                return True
+            users = {use.node for use in native.uses()} - seen
+            seen |= users
+            stack += [made for user in users for made in user.outputs]
+        return False
+
+    def extract(self, nodes: Sequence[Node], *, readers: bool = False) -> ONNXGraph:
+        return onnx_extract.extract(self, nodes, readers)
+
+    def other_sizes(self) -> dict[str, tuple[int, ...]]:
+        found = {v.name or "": self.table.info[v] for v in self.model.graph.inputs}
+        if any(i.b is None for i in found.values()) or all(i.a == i.b for i in found.values()):
+            return {}
+        return {name: i.b for name, i in found.items() if i.b is not None}
 
     def untie(self, weight: Weight) -> list[Weight]:
         """Give each use of a shared weight a copy of its own (exporters merge tensors that are merely equal)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,15 @@ def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     if value.is_initializer() and not value.is_graph_input():
         return value.const_value
     return None
+
+
+def is_used(value: ir.Value, besides: Container[ir.Node] = ()) -> bool:
+    """Whether a node other than ``besides`` reads a value, or it is an output of its graph."""
+    if value.is_graph_output():
+        return True
+    # uses() makes a tuple of them all, which is slow for a constant that thousands of nodes read
+    uses = getattr(value, "_uses", None)
+    return any(use.node not in besides for use in (value.uses() if uses is None else uses))
 
 
 def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:

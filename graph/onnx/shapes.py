@@ -251,8 +251,8 @@ class ShapeTable:
         other = ShapeTable.__new__(ShapeTable)
         other.model = model
         other.symbols, other.names, other.notes = dict(self.symbols), dict(self.names), list(self.notes)
-        other.info = {pairs[v]: i for v, i in self.info.items() if v in pairs}
-        other.elements = {pairs[v]: e for v, e in self.elements.items() if v in pairs}
+        other.info = {new: self.info[v] for v, new in pairs.items() if v in self.info}
+        other.elements = {new: self.elements[v] for v, new in pairs.items() if v in self.elements}
         other.declared, other._resolved, other._types = set(self.declared), dict(self._resolved), self._types
         return other
 

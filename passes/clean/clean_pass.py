@@ -35,10 +35,14 @@ class Clean(Pass):
         """Every name in ``rules`` and ``disable`` must be a rule's."""
         chosen(CLEAN_RULES, self.rules, self.disable, self.name)
 
+    def verified(self) -> bool:
+        """Not under ``verify="off"``."""
+        return self.verify != "off"
+
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Run the clean-up rules to their fixed point."""
         rules = chosen(CLEAN_RULES, self.rules, self.disable, self.name)
-        log = rewrite(graph, rules, Env(graph, ctx))
+        log = rewrite(graph, rules, Env(graph, ctx, windows=self.verify == "window"))
         if log.applied:
             graph.refresh()
         return Outcome(decisions=log.decisions, details={"rewritten": len(log.applied), "refused": len(log.refused)})

@@ -7,9 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...graph.errors import ConstraintError
 from ...graph.ir import Graph, Node, Value
 from ..base import Decision
 from .rule import ANY, Env, Refusal, Rewrite, Rule
+from .window import check_window
+
+GROWTH = 50
+"""Rewrites per node after which two rules are taken to undo each other for ever."""
 
 
 @dataclass
@@ -30,39 +35,87 @@ class Log:
 
 
 def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
-    """Apply ``rules`` to ``graph`` until none of them finds anything; earlier rules go first at a node."""
-    anywhere = [rule for rule in rules if ANY in rule.ops]
-    index = {op: [r for r in rules if op in r.ops or ANY in r.ops] for rule in rules for op in rule.ops}
-    log = Log()
-    refusals: dict[tuple[str, str], Decision] = {}
-    work = deque(node for node in graph.nodes if anywhere or node.op in index)
-    queued = {id(node) for node in work}
-    gone: set[int] = set()
-    while work:
-        node = work.popleft()
-        queued.discard(id(node))
-        if id(node) in gone:
-            continue
-        for rule in index.get(node.op, anywhere):
-            found = rule.match(node, env)
+    """Apply ``rules`` to ``graph`` until none of them finds anything; earlier rules go first at a node.
+
+    The cost is one visit of every node and of what each rewrite touched: near-linear in the graph. Under
+    ``env.windows`` a rewrite is first made on a small graph cut out round it and left undone where the numbers differ.
+    The run ends early where ``env.ctx.fuel`` is used up.
+    """
+    return _Run(graph, rules, env).run()
+
+
+class _Run:
+    """One run: the work list, what was logged, and which windows failed."""
+
+    def __init__(self, graph: Graph, rules: Sequence[Rule], env: Env) -> None:
+        self.graph, self.env = graph, env
+        self.anywhere = [rule for rule in rules if ANY in rule.ops]
+        self.index = {op: [r for r in rules if op in r.ops or ANY in r.ops] for rule in rules for op in rule.ops}
+        self.log = Log()
+        self.refusals: dict[tuple[str, str], Decision] = {}
+        self.failed: set[tuple[str, tuple[str, ...]]] = set()
+        self.limit = GROWTH * (len(graph.nodes) + 100)
+        self.work = deque(node for node in graph.nodes if self.rules(node))
+        self.queued = {id(node) for node in self.work}
+
+    def rules(self, node: Node) -> list[Rule]:
+        """The rules that look at this node."""
+        return self.index.get(node.op, self.anywhere)
+
+    def run(self) -> Log:
+        fuel = self.env.ctx.fuel
+        while self.work and (fuel is None or fuel.left):
+            node = self.work.popleft()
+            self.queued.discard(id(node))
+            if self.graph.holds(node):
+                self._visit(node)
+        self.log.refused = list(self.refusals.values())
+        return self.log
+
+    def _visit(self, node: Node) -> None:
+        """Try the rules of one node in order; the first that finds something is applied, and ends the visit."""
+        for rule in self.rules(node):
+            found = rule.match(node, self.env)
+            if isinstance(found, Rewrite) and self.env.windows:
+                found = self._checked(rule, node, found)
             if isinstance(found, Refusal):
                 data = {"rule": rule.name, "why": found.why.value, "scope": node.scope}
-                refusals[rule.name, node.name] = Decision(node.name, "refused", found.reason, data)
-            if not isinstance(found, Rewrite):
-                continue
-            refusals.pop((rule.name, node.name), None)
-            before = list(_around(found.nodes))
-            facts: dict[str, Any] = {"rule": rule.name, "scope": node.scope, "nodes": [n.name for n in found.nodes]}
-            log.applied.append(Decision(node.name, found.action, found.reason, facts | found.data))
-            again = [*before, *(found.apply(graph) or ())]
-            gone |= erase_dead(graph, found.nodes)
-            for other in again:
-                if id(other) not in gone and id(other) not in queued and (anywhere or other.op in index):
-                    work.append(other)
-                    queued.add(id(other))
-            break
-    log.refused = list(refusals.values())
-    return log
+                self.refusals[rule.name, node.name] = Decision(node.name, "refused", found.reason, data | found.data)
+            if isinstance(found, Rewrite):
+                self._apply(rule, node, found)
+                return
+
+    def _checked(self, rule: Rule, node: Node, found: Rewrite) -> Rewrite | Refusal | None:
+        """The rewrite, if its window agrees; None where the same window failed before."""
+        key = rule.name, tuple(n.name for n in found.nodes)
+        if key in self.failed:
+            return None
+        refusal = check_window(self.graph, rule, node, found, self.env)
+        if refusal is None:
+            return found
+        self.failed.add(key)
+        return refusal
+
+    def _apply(self, rule: Rule, node: Node, found: Rewrite) -> None:
+        self.refusals.pop((rule.name, node.name), None)
+        facts: dict[str, Any] = {"rule": rule.name, "scope": node.scope, "nodes": [n.name for n in found.nodes]}
+        decision = Decision(node.name, found.action, found.reason, facts | found.data)
+        again = list(_around(found.nodes))
+        if self.env.ctx.fuel is not None:
+            self.env.ctx.fuel.take(decision)
+        again += found.apply(self.graph) or ()
+        self.log.applied.append(decision)
+        if len(self.log.applied) > self.limit:
+            last = {str(d.data["rule"]) for d in self.log.applied[-100:]}
+            raise ConstraintError(
+                "the rewrites do not come to an end", node=node.name, found=", ".join(sorted(last)),
+                hint="two of these rules undo each other: report it; `disable` leaves one out",
+            )  # fmt: skip
+        erase_dead(self.graph, found.nodes)
+        for other in again:
+            if id(other) not in self.queued and self.rules(other) and self.graph.holds(other):
+                self.work.append(other)
+                self.queued.add(id(other))
 
 
 def _around(nodes: Sequence[Node]) -> Iterable[Node]:
@@ -81,10 +134,9 @@ def erase_dead(graph: Graph, nodes: Iterable[Node]) -> set[int]:
     """Erase those of ``nodes`` that nobody reads, and what then is read by nobody; ids of what went."""
     gone: set[int] = set()
     stack = [node for node in nodes]
-    alive = {id(node) for node in graph.nodes}
     while stack:
         node = stack.pop()
-        if id(node) in gone or id(node) not in alive or any(v.uses or v.is_output for v in node.outputs):
+        if not graph.holds(node) or any(graph.is_read(v) for v in node.outputs):
             continue
         feeding: list[Value | None] = [*node.inputs, *node.dynamic]
         graph.erase(node)

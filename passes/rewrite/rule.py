@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from ...graph.ir import Graph, Node, Value
 from ..base import Context
 
-
 ANY = "*"
 """In ``Rule.ops``: the rule looks at every node, whatever its op."""
 
@@ -46,11 +45,13 @@ class Refusal:
         reason: one sentence.
         node: name of the node in the way, where it is not the one to be rewritten.
         why: the kind of reason.
+        data: numbers for the log.
     """
 
     reason: str
     node: str = ""
     why: Why = Why.OTHER
+    data: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(eq=False)
@@ -79,11 +80,15 @@ class Env:
     Attributes:
         graph: the graph being rewritten.
         ctx: the pass's context.
+        windows: whether every rewrite is first checked alone, on a graph cut out round it.
+        memo: what rules found out about the graph; hints that a rewrite may make stale, never the ground of one.
     """
 
-    def __init__(self, graph: Graph, ctx: Context) -> None:
+    def __init__(self, graph: Graph, ctx: Context, *, windows: bool = False) -> None:
         self.graph = graph
         self.ctx = ctx
+        self.windows = windows
+        self.memo: dict[str, Any] = {}
         self.captured: set[int] = {id(v) for node in graph.nodes for v in node.captured}
 
     def sole_reader(self, value: Value, reader: Node) -> Refusal | None:
