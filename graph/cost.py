@@ -69,6 +69,8 @@ def itemsize_bits(dtype: str) -> int:
         return BITS[dtype]
     if dtype.startswith("float8"):
         return 8
+    if dtype == "string":
+        return 0  # as long as its text, which nothing here reads
     return 8 * np.dtype(dtype).itemsize
 
 
@@ -142,7 +144,7 @@ def cost(graph: Graph, batch: int | None = None) -> Cost:
         if work is None:
             total.unknown.append(node.name)
         elif _depends(node, fed):
-            item.macs = work // size
+            item.macs = work // max(size, 1)
         else:
             item.macs = work
         total.nodes.append(item)

@@ -16,14 +16,23 @@ def evaluate(graph: Graph, node: Node) -> list[np.ndarray | None]:
         ConstraintError: an operand is not constant, or the operator cannot be evaluated by itself.
     """
     if graph.kind == "onnx":
-        from .onnx.single import Single
+        from .onnx.single import Single as OfOnnx
+
+        native = OfOnnx(graph)  # type: ignore[arg-type]
+        _check(native.takes(node), node)
+        with np.errstate(all="ignore"):
+            results = native.run(node, {}, widen=False, runtime=True)
     elif graph.kind == "fx":
-        from .fx.single import Single  # type: ignore[assignment]
+        from .fx.single import Single as OfFx
+
+        call = OfFx(graph)  # type: ignore[arg-type]
+        _check(call.takes(node), node)
+        results = call.run(node, {}, widen=False)
     else:
         raise ConstraintError("nodes of this graph cannot be evaluated", node=node.name, found=type(graph).__name__)
-    single = Single(graph)  # type: ignore[arg-type]
-    if not single.takes(node):
-        raise ConstraintError("the operator is no function of its operands", node=node.name, found=node.origin)
-    with np.errstate(all="ignore"):
-        results = single.run(node, {}, widen=False)
     return [None if r is None else to_numpy(r) for r in results]
+
+
+def _check(takes: bool, node: Node) -> None:
+    if not takes:
+        raise ConstraintError("the operator is no function of its operands", node=node.name, found=node.origin)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from ..errors import ConstraintError, FoldlineError
-from ..execute import to_numpy
+from ..execute import MOVES, to_numpy
 from ..ir import Node
 from . import as_torch  # noqa: F401  (registers the operators)
 from . import native as onnx_native
@@ -52,15 +52,18 @@ class Single:
         """The same numbers as float64; integers and booleans as they are."""
         return result.to(WIDER.get(result.dtype, result.dtype)) if isinstance(result, torch.Tensor) else result
 
-    def run(self, node: Node, known: Mapping[int, Any], *, widen: bool) -> list[Any]:
-        """One result per output of ``node``; ``known`` holds computed operands by ``id`` of their canonical value."""
+    def run(self, node: Node, known: Mapping[int, Any], *, widen: bool, runtime: bool = False) -> list[Any]:
+        """One result per output of ``node``; ``known`` holds computed operands by ``id`` of their canonical value.
+
+        ``runtime``: arithmetic in ONNX Runtime, to the last bit as the model computes it; moves in torch all the same.
+        """
         native: ir.Node = node.native
         operands = {}
         for value in native.inputs:
             if value is not None:
                 operands[value.name or ""] = self._operand(node, value, known, widen)
         try:
-            if not self._in_torch(node):
+            if not self._in_torch(node) or (runtime and node.op not in MOVES):
                 narrow = operands if not widen else {n: self._narrow(native, n, t) for n, t in operands.items()}
                 results = self._in_runtime(native, narrow)
             else:
