@@ -77,6 +77,8 @@ def _assign(g: ONNXGraph, weight: Weight, tensor: ir.TensorProtocol) -> None:
     weight.shape, weight.dtype = onnx_native.tensor_shape(tensor), onnx_native.dtype_name(tensor.dtype)
     for native in g.carriers[weight]:
         for use in native.uses():
+            if use.idx == 1 and "kernel_shape" in use.node.attributes:  # a convolution states its kernel twice
+                use.node.attributes.add(ir.AttrInt64s("kernel_shape", list(weight.shape[2:])))
             node = g.by_native.get(use.node)
             if node is not None and (use.idx in g.canon[node].sizes or not weight.shape):
                 g.dirty.add(use.node)
