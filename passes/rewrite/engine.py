@@ -37,7 +37,8 @@ class Log:
 def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
     """Apply ``rules`` to ``graph`` until none of them finds anything; earlier rules go first at a node.
 
-    The cost is one visit of every node and of what each rewrite touched: near-linear in the graph. Under
+    A sweep visits every node and what each rewrite touched; the last sweep finds nothing. Two or three sweeps are
+    usual, so that the cost is near-linear in the graph. Under
     ``env.windows`` a rewrite is first made on a small graph cut out round it and left undone where the numbers differ.
     The run ends early where ``env.ctx.fuel`` is used up.
     """
@@ -55,8 +56,9 @@ class _Run:
         self.refusals: dict[tuple[str, str], Decision] = {}
         self.failed: set[tuple[str, tuple[str, ...]]] = set()
         self.limit = GROWTH * (len(graph.nodes) + 100)
-        self.work = deque(node for node in graph.nodes if self.rules(node))
-        self.queued = {id(node) for node in self.work}
+        self.work: deque[Node] = deque()
+        self.queued: set[int] = set()
+        self._queue(graph.nodes)
 
     def rules(self, node: Node) -> list[Rule]:
         """The rules that look at this node."""
@@ -64,11 +66,16 @@ class _Run:
 
     def run(self) -> Log:
         fuel = self.env.ctx.fuel
-        while self.work and (fuel is None or fuel.left):
-            node = self.work.popleft()
-            self.queued.discard(id(node))
-            if self.graph.holds(node):
-                self._visit(node)
+        before = -1
+        while len(self.log.applied) > before:
+            before = len(self.log.applied)
+            while self.work and (fuel is None or fuel.left):
+                node = self.work.popleft()
+                self.queued.discard(id(node))
+                if self.graph.holds(node):
+                    self._visit(node)
+            if len(self.log.applied) > before:  # rules look further than one node: all are asked once more
+                self._queue(self.graph.nodes)
         self.log.refused = list(self.refusals.values())
         return self.log
 
@@ -112,10 +119,13 @@ class _Run:
                 hint="two of these rules undo each other: report it; `disable` leaves one out",
             )  # fmt: skip
         erase_dead(self.graph, found.nodes)
-        for other in again:
-            if id(other) not in self.queued and self.rules(other) and self.graph.holds(other):
-                self.work.append(other)
-                self.queued.add(id(other))
+        self._queue(other for other in again if self.graph.holds(other))
+
+    def _queue(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if id(node) not in self.queued and self.rules(node):
+                self.work.append(node)
+                self.queued.add(id(node))
 
 
 def _around(nodes: Sequence[Node]) -> Iterable[Node]:
