@@ -108,7 +108,7 @@ def _move_output(g: ONNXGraph, old: Value, new: Value) -> None:
     for i in slots:
         graph.outputs[i] = target
     parked = fresh(g, f"{name}_before")
-    source.name = parked
+    source.name = old.name = parked  # before the view is read again: no two values of one name
     target.name = name
     if target.shape is None:
         target.shape = source.shape

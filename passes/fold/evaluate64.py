@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,9 @@ def evaluate64(graph: Graph, values: Sequence[Value]) -> dict[str, np.ndarray]:
     if not wanted:
         return found
     nodes = _cone(graph, wanted)
-    both = any(_jumps(node) for node in nodes)
-    wide, native = _run(graph, nodes, wanted, both)
+    jumps = _jumps(nodes)
+    both = bool(jumps)
+    wide, native = _run(graph, nodes, wanted, both, jumps)
     unfinished = [v for v in wanted if not _finite(wide[id(v)], v.dtype)]
     if unfinished and not both:
         native = _run(graph, _cone(graph, unfinished), unfinished, None)[1]
@@ -118,20 +119,28 @@ def _finite(result: Any, dtype: str) -> bool:
     return result.numel() == 0 or bool((result.abs() <= torch.finfo(largest).max).all())
 
 
-def _jumps(node: Node) -> bool:
-    """Whether rounding of a floating operand can change the result by more than a rounding."""
-    floating = any(v is not None and v.dtype in DIGITS for v in node.inputs)
-    if not floating:
-        return False
-    if node.op in JUMPS:
-        return True
-    if node.op != "cast" and node.attrs.get("fn") != "to":
-        return False
-    source, target = node.inputs[0], node.outputs[0]
-    assert source is not None
-    if target.dtype not in DIGITS:
-        return True  # to an integer, a boolean, an eighth-precision float
-    return DIGITS[target.dtype] < DIGITS.get(source.dtype, 0) and any(u.op not in _MOVES for u, _ in target.uses)
+def _jumps(nodes: Sequence[Node]) -> set[int]:
+    """Ids of the nodes where rounding of a floating operand can change the result by more than a rounding."""
+    found: set[int] = set()
+    digits: dict[int, int] = {}  # of the finest floating weight from which a value is computed
+    for node in nodes:
+        finest = 0
+        for v in node.inputs:
+            if v is not None:
+                own = DIGITS.get(v.dtype, 0) if v.weight is not None else 0
+                finest = max(finest, own, digits.get(id(v), 0))
+        digits.update((id(v), finest) for v in node.outputs)
+        if not any(v is not None and v.dtype in DIGITS for v in node.inputs):
+            continue
+        target = node.outputs[0].dtype
+        if node.op in JUMPS:
+            found.add(id(node))
+        elif node.op == "cast" or node.attrs.get("fn") == "to":
+            # bfloat16 weights that pass through float32 and back are rounded for want of room, not on purpose
+            meant = DIGITS.get(target, 0) < finest and any(u.op not in _MOVES for u, _ in node.outputs[0].uses)
+            if target not in DIGITS or meant:
+                found.add(id(node))
+    return found
 
 
 _MOVES = frozenset("reshape transpose squeeze unsqueeze expand identity concat slice select conv linear".split())
@@ -165,7 +174,7 @@ def _cone(graph: Graph, values: Iterable[Value]) -> list[Node]:
 
 
 def _run(
-    graph: Graph, nodes: Sequence[Node], wanted: Sequence[Value], both: bool | None
+    graph: Graph, nodes: Sequence[Node], wanted: Sequence[Value], both: bool | None, jumps: Container[int] = ()
 ) -> tuple[dict[int, Any], dict[int, Any]]:
     """Results by value id, (wide, native). ``both``: True computes the two, False wide only, None native only."""
     import torch
@@ -184,7 +193,7 @@ def _run(
             if both is not False:
                 parts = machine.run(node, native, widen=False)
                 native.update((id(v), p) for v, p in zip(node.outputs, parts, strict=False))
-            if both is True and _jumps(node):
+            if both is True and id(node) in jumps:
                 wide.update((id(v), machine.widened(p)) for v, p in zip(node.outputs, parts, strict=False))
             elif both is not None:
                 results = machine.run(node, wide, widen=True)
