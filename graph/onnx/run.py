@@ -136,7 +136,7 @@ class Session:
             raise ConstraintError(
                 "a graph input has the wrong dtype", value=name, expected=expected, found=array.dtype.name
             )
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array).reshape(array.shape)  # it makes 0-d arrays 1-d
         if array.dtype.kind == "V" or array.dtype.isbuiltin != 1:
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(_carrier(array), dtype.value)
         return ort.OrtValue.ortvalue_from_numpy(array)

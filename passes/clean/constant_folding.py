@@ -10,12 +10,15 @@ import numpy as np
 
 from ...graph.errors import FoldlineError
 from ...graph.evaluate import evaluate
+from ...graph.execute import MOVES
 from ...graph.ir import Graph, Node, Value
 from ...graph.purity import is_pure
 from ..rewrite import ANY, Env, Refusal, Rewrite, Rule, Why
 
 KEPT = frozenset(("identity", "quantize", "dequantize", "fake_quantize", "if", "loop", "scan", "shape_of"))
 """Never folded: what gives an output its name, what carries a quantization worth keeping, what holds graphs."""
+
+HALVES = ("float16", "bfloat16")
 
 LARGEST = 64 << 20
 """Bytes of the largest tensor that is read or made: larger ones stay on disk, where they are."""
@@ -29,7 +32,8 @@ class ConstantFolding(Rule):
     random numbers, no training mode, no subgraph). It is computed as the runtime computes it, integers wrapping.
     Refuses: growth: what the result adds to the file beyond what the operands free may be ``free`` bytes a tensor and
     ``budget`` bytes a model (a 184-byte model stays one; a Reshape of a weight is free); tensors beyond 64 MiB. A
-    quantize or dequantize of a weight stays, for it is the weight's format. On an nn.Module only graphs without a
+    quantize or dequantize of a weight stays, for it is the weight's format. Arithmetic in half precision stays, for
+    runtimes keep more digits between its nodes than are stored (the rules of fold compute it in float64, once). On an nn.Module only graphs without a
     class to return to are folded.
     """
 
@@ -52,6 +56,8 @@ class ConstantFolding(Rule):
             return None
         if any(v.hint is None or not v.dtype or v.dtype == "string" for v in (*operands, *node.outputs)):
             return None
+        if node.op not in MOVES and all(v.dtype in HALVES for v in (*operands, *node.outputs)):
+            return Refusal("the runtime may keep more digits between nodes of half precision", why=Why.DTYPE)
         wanted = [v for v in node.outputs if env.graph.is_read(v)]
         if any(v.is_output or id(v) in env.captured for v in wanted):
             return None  # an output of the graph stays the result of a node
