@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .adapters.adapter import Adapter
+    from .adapters.attach import adapter_of
+    from .adapters.insert import InsertAdapter, insert_adapter
+    from .adapters.merge import MergeAdapter, merge_adapter, unmerge_adapter
     from .base import Context, Contract, Decision, Needs, Outcome, Pass, as_function
     from .clean.clean_pass import Clean
     from .finetune import FineTune
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
     shared_mask: Callable[..., Result]
 
 __all__ = [
+    "Adapter",
     "Clean",
     "Context",
     "Contract",
@@ -57,9 +62,11 @@ __all__ = [
     "FineTune",
     "Fold",
     "FoldLinearOp",
+    "InsertAdapter",
     "InsertDynamicChannelGate",
     "InsertLinearOp",
     "Lower",
+    "MergeAdapter",
     "Needs",
     "Outcome",
     "Pass",
@@ -75,6 +82,7 @@ __all__ = [
     "SharedMask",
     "TopKFrequency",
     "absorb_removed",
+    "adapter_of",
     "as_function",
     "clean",
     "compare_with_scratch",
@@ -86,9 +94,11 @@ __all__ = [
     "fold_linear_op",
     "get",
     "identity_loss",
+    "insert_adapter",
     "insert_dynamic_channel_gate",
     "insert_linear_op",
     "lower",
+    "merge_adapter",
     "names",
     "prune",
     "prune_iteratively",
@@ -98,16 +108,21 @@ __all__ = [
     "reinitialize",
     "select",
     "shared_mask",
+    "unmerge_adapter",
 ]
 
 _HOME = {
     **dict.fromkeys(["Context", "Contract", "Decision", "Needs", "Outcome", "Pass", "as_function"], ".base"),
     **dict.fromkeys(["get", "names"], ".registry"),
+    **dict.fromkeys(["merge_adapter", "unmerge_adapter"], ".adapters.merge"),
+    "Adapter": ".adapters.adapter",
     "Pipeline": ".pipeline",
+    "adapter_of": ".adapters.attach",
     **dict.fromkeys(["absorb_removed", "regularize"], ".prune.regularize"),
     **dict.fromkeys(["TopKFrequency", "expected_macs"], ".prune.gate"),
     "compare_with_scratch": ".prune.reinitialize",
     "identity_loss": ".prune.pat",
+    "insert_adapter": ".adapters.insert",
     "Report": ".report",
     "Result": ".result",
 }

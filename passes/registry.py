@@ -25,6 +25,8 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "quantize": (".quantize", "Quantize"),
     "recover": (".recover", "Recover"),
     "finetune": (".finetune", "FineTune"),
+    "insert_adapter": (".adapters.insert", "InsertAdapter"),
+    "merge_adapter": (".adapters.merge", "MergeAdapter"),
     "lower": (".lower", "Lower"),
 }
 """Name -> (module, class). Loaded when first asked for, so that a family costs nothing until it is used."""

@@ -186,8 +186,7 @@ def merged_weight(weight: np.ndarray, bias: np.ndarray | None, entry: Entry) -> 
     new = view.stored(c, w)
     if kind.bias is None:
         return new, None if bias is None else np.asarray(bias).astype(np.float64)
-    rows = g.out if view.rows is None else view._turn(w).shape[0]
-    b = np.zeros(rows) if bias is None else np.asarray(bias).astype(np.float64)
+    b = np.zeros(view.rows_of(w.shape)) if bias is None else np.asarray(bias).astype(np.float64)
     changed = kind.bias(view.bias_rows(b), t, entry.options)
     if bias is None and not np.any(changed):
         return new, None

@@ -72,7 +72,7 @@ def kron_sum(a: Array, b: Array) -> Array:
 
 
 def kron_apply(a: Array, b: Array, x: Array) -> Array:
-    """x (sum_i a_i kron b_i)^T without the dense matrix: a reshape and two small products. x [..., m n] -> [..., p q]."""
+    """x (sum_i a_i kron b_i)^T as a reshape and two small products, x [..., m n] -> [..., p q]."""
     lead = tuple(x.shape[:-1])
     grid = x.reshape((*lead, a.shape[2], b.shape[2]))
     return xp(a).einsum("kpm,...mn,kqn->...pq", a, grid, b).reshape((*lead, a.shape[1] * b.shape[1]))

@@ -79,17 +79,29 @@ class Start:
         """The rank asked for.
 
         Raises:
-            ConstraintError: the weight has fewer rows or columns than that.
+            ConstraintError: it is less than one.
         """
         rank = int(self.options["rank"])
-        if not 1 <= rank <= self.geometry.small:
+        if rank < 1:
+            raise ConstraintError("a rank is at least one", node="rank", found=rank)
+        return rank
+
+    @property
+    def spectral_rank(self) -> int:
+        """The rank asked for, of a method that takes singular vectors of the weight.
+
+        Raises:
+            ConstraintError: the weight has fewer rows or columns than that.
+        """
+        if self.rank > self.geometry.small:
             raise ConstraintError(
                 "the rank does not fit the weight",
+                node="rank",
                 expected=f"1 to {self.geometry.small} for a weight of {self.geometry.shape}",
-                found=rank,
+                found=self.rank,
                 hint="lower the rank, or leave this layer out of targets",
             )
-        return rank
+        return self.rank
 
     def needed(self, what: str, initialisation: str) -> np.ndarray:
         """The evidence of that name.

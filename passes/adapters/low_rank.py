@@ -24,7 +24,7 @@ def zero(start: Start) -> dict[str, np.ndarray]:
 def principal(start: Start) -> dict[str, np.ndarray]:
     """The leading singular triplets of the weight, split evenly ("PiSSA"); the rest of the weight stays frozen."""
     u, s, vt = np.linalg.svd(start.matrix, full_matrices=False)
-    r, root = start.rank, np.sqrt(s[: start.rank] / start.options["scale"])
+    r, root = start.spectral_rank, np.sqrt(s[: start.spectral_rank] / start.options["scale"])
     return _from_start({"A": root[:, None] * vt[:r], "B": u[:, :r] * root})
 
 

@@ -34,7 +34,8 @@ def _triangular_start(start: Start) -> dict[str, np.ndarray]:
 TRIANGULAR = register(
     AdapterKind(
         name="triangular_lora",
-        paper="TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
+        paper="TriAdaptLoRA: Brain-Inspired Triangular Adaptive Low-Rank Adaptation for Parameter-Efficient "
+        "Fine-Tuning",
         init=_triangular_start,
         delta=_triangular,
         ranks={"A": 0, "B": 1},
@@ -146,7 +147,7 @@ NOLA = register(
 def _xs_start(start: Start) -> dict[str, np.ndarray]:
     """Bases from the SVD of the weight (R zero) or of a first step's update (R its singular values)."""
     how: Any = start.options["init"]
-    r, scale = start.rank, start.options["scale"]
+    r, scale = start.spectral_rank, start.options["scale"]
     if how == "weight_svd":
         u, s, vt = np.linalg.svd(start.matrix, full_matrices=False)
         return {"A": s[:r, None] * vt[:r], "B": u[:, :r], "R": np.zeros((r, r))}

@@ -20,9 +20,12 @@ def inputs(g: Geometry) -> int:
     return g.inp * g.groups
 
 
-def scale_inputs(w: Array, l: Array, g: Geometry) -> Array:
-    """W diag(l): the columns, per group of a grouped convolution. w canonical [out, inp, *kernel], l [inp * groups]."""
-    by_group = l.reshape((g.groups, 1, g.inp) + (1,) * len(g.kernel))
+def scale_inputs(w: Array, factor: Array, g: Geometry) -> Array:
+    """W diag(factor): the columns, per group of a grouped convolution.
+
+    w: canonical [out, inp, *kernel]; factor: [inp * groups].
+    """
+    by_group = factor.reshape((g.groups, 1, g.inp) + (1,) * len(g.kernel))
     return (w.reshape((g.groups, g.out // g.groups, g.inp, *g.kernel)) * by_group).reshape(g.shape)
 
 

@@ -25,7 +25,7 @@ def _svfit_start(start: Start) -> dict[str, np.ndarray]:
     rank, energy = start.options["rank"], start.options["energy"]
     if (rank is None) == (energy is None):
         raise ConfigError("give exactly one of rank and energy", node="rank", found=f"rank={rank}, energy={energy}")
-    r = rank_of_energy(s, energy) if rank is None else start.rank
+    r = rank_of_energy(s, energy) if rank is None else start.spectral_rank
     return {"s": s[:r], "U": u[:, :r], "V": vt[:r], "s_start": s[:r].copy()}
 
 
@@ -55,12 +55,12 @@ def _vectorfit_start(start: Start) -> dict[str, np.ndarray]:
     u, s, vt = np.linalg.svd(start.matrix, full_matrices=False)
     t = {"s": s, "U": u, "V": vt, "s_start": s.copy()}
     if start.bias is not None:
-        t["bias"] = np.zeros_like(start.bias)
+        t["bias_shift"] = np.zeros_like(start.bias)
     return t
 
 
 def _moved_bias(b: Array, t: Tensors, o: Options) -> Array:
-    return b + t["bias"] if "bias" in t else b
+    return b + t["bias_shift"] if "bias_shift" in t else b
 
 
 VECTORFIT = register(
@@ -77,7 +77,7 @@ VECTORFIT = register(
 
 def _sorsa_start(start: Start) -> dict[str, np.ndarray]:
     u, s, vt = np.linalg.svd(start.matrix, full_matrices=False)
-    r = start.rank
+    r = start.spectral_rank
     t = {"U": u[:, :r], "s": s[:r], "V": vt[:r]}
     return {**t, **{name + "_start": data.copy() for name, data in t.items()}}
 

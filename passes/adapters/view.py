@@ -50,20 +50,24 @@ class View:
         """Sizes of the canonical form of a stored weight of this shape.
 
         Raises:
-            ConstraintError: a vector has no rows and columns.
+            ConstraintError: a scalar has no rows and columns.
         """
-        if len(shape) < 2:
-            raise ConstraintError(
-                "an adapter needs a weight of at least two axes", expected="[out, in, ...]", found=shape
-            )
-        out, inp = shape[0], shape[1]
+        if len(shape) == 0:
+            raise ConstraintError("a scalar has no rows and columns", expected="[out] or [out, in, ...]", found=shape)
+        out, inp = shape[0], shape[1] if len(shape) > 1 else 1
         if self.transposed:
             out, inp = shape[1] * self.groups, shape[0] // self.groups
         if self.rows is not None:
             out = self.rows[1] - self.rows[0]
         return Geometry(out, inp, tuple(shape[2:]), self.groups)
 
+    def rows_of(self, shape: tuple[int, ...]) -> int:
+        """Outputs of the whole stored weight: the length of the layer's bias."""
+        return shape[1] * self.groups if self.transposed else shape[0]
+
     def _turn(self, w: Array) -> Array:
+        if w.ndim == 1:  # the gain of a norm: one column
+            return w.reshape((-1, 1))
         if not self.transposed:
             return w
         g, kernel = self.groups, tuple(w.shape[2:])
