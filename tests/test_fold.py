@@ -255,9 +255,21 @@ class CutNorm(nn.Module):
         return self.norm(self.linear(x).reshape(-1, 4, 2))
 
 
-def test_a_reshape_that_cuts_the_channels_lets_nothing_pass() -> None:
-    (decision,) = check_torch(fill(CutNorm()), torch.randn(4, 5), left=1)
-    assert "reshape" in decision.reason
+def test_a_reshape_that_cuts_the_channels_repeats_the_map() -> None:
+    (decision,) = check_torch(fill(CutNorm()), torch.randn(4, 5))
+    assert decision.data["side"] == "before"
+
+
+class MixedNorm(CutNorm):
+    """[N, 8] as [N / 2, 4, 4]: the norm's axis is half of the rows' and the channels' making."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x).reshape(2, 4, 4))
+
+
+def test_a_reshape_that_mixes_rows_into_the_channels_lets_nothing_pass() -> None:
+    (decision,) = check_torch(fill(MixedNorm()), torch.randn(4, 5), left=1)
+    assert decision.data["why"] == "does not commute"
 
 
 class SecondConsumer(nn.Module):

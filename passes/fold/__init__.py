@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .affine import Affine, Refusal, affine_of
+from .affine import Affine, Refusal
 from .fold_pass import Fold
+from .sources import affine_of
 
 __all__ = ["Affine", "Fold", "Refusal", "affine_of"]

@@ -1,4 +1,4 @@
-"""Affine maps ``x -> scale * x + shift`` along one axis: what they are, which nodes are one, how they compose."""
+"""Affine maps ``x -> scale * x + shift`` that lie over the axes of a value: what they are and how they compose."""
 
 from __future__ import annotations
 
@@ -6,70 +6,107 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...graph.ir import Node
+from ...graph.ir import Node, Value
+from ...graph.ops.carry import align, compress
 from ..rewrite.rule import Refusal, Why
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """The map ``y[..., c, ...] = scale[c] * x[..., c, ...] + shift[c]``, c being the index on ``axis``.
+    """The map ``y = scale * x + shift`` on a value of rank ``rank``.
 
     Attributes:
-        axis: non-negative axis of the value it acts on.
-        scale, shift: float64 [C]. All arithmetic is float64; the weight that absorbs the map is cast once.
+        scale, shift: float64, each of the value's rank, every axis of length 1 (the same for all indices) or of the
+            value's length. A scalar map is one whose axes all have length 1. All arithmetic is float64; the weight
+            that absorbs the map is cast once.
     """
 
-    axis: int
     scale: np.ndarray
     shift: np.ndarray
 
+    @staticmethod
+    def of(scale: np.ndarray | float, shift: np.ndarray | float, rank: int) -> Affine:
+        """A map over the last axes of a value of rank ``rank``, from arrays that broadcast to it."""
+        parts = (compress(align(np.asarray(part, np.float64), rank)) for part in (scale, shift))
+        return Affine(*parts)
+
+    @staticmethod
+    def along(axis: int, scale: np.ndarray, shift: np.ndarray, rank: int) -> Affine:
+        """A map with one number per index of one axis."""
+        shape = [-1 if a == axis else 1 for a in range(rank)]
+        return Affine.of(scale.reshape(shape), shift.reshape(shape), rank)
+
     @property
-    def size(self) -> int:
-        """C, the length of the axis."""
-        return len(self.scale)
+    def rank(self) -> int:
+        return self.scale.ndim
+
+    @property
+    def has_scale(self) -> bool:
+        return bool((self.scale != 1.0).any())
 
     @property
     def has_shift(self) -> bool:
-        """Whether any channel is shifted; a map without shift fixes zero, and so commutes with zero padding."""
-        return bool(np.any(self.shift))
+        """Whether any element is shifted; a map without shift fixes zero, and so commutes with zero padding."""
+        return bool(self.shift.any())
 
-    def on(self, axis: int) -> Affine:
-        """The same map on another axis."""
-        return Affine(axis, self.scale, self.shift)
+    @property
+    def identity(self) -> bool:
+        return not self.has_scale and not self.has_shift
 
-    def repeat(self, inner: int, axis: int) -> Affine:
-        """The map after each channel became ``inner`` consecutive entries of ``axis``."""
-        return Affine(axis, np.repeat(self.scale, inner), np.repeat(self.shift, inner))
+    @property
+    def positive(self) -> bool:
+        return bool((self.scale > 0).all())
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes on which it differs between indices."""
+        return tuple(a for a in range(self.rank) if self.scale.shape[a] != 1 or self.shift.shape[a] != 1)
+
+    def vector(self, axis: int, size: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(scale, shift), each [size], if it differs along that axis at most."""
+        if set(self.axes) - {axis}:
+            return None
+        scale, shift = (np.broadcast_to(part.reshape(-1), (size,)).copy() for part in (self.scale, self.shift))
+        return scale, shift
+
+    def only_scale(self) -> Affine:
+        return Affine(self.scale, np.zeros((1,) * self.rank))
+
+    def only_shift(self) -> Affine:
+        return Affine(np.ones((1,) * self.rank), self.shift)
+
+    def on(self, data: np.ndarray) -> np.ndarray:
+        """What it does to an array."""
+        return np.asarray(data * self.scale + self.shift)
 
 
-def affine_of(node: Node) -> Affine | Refusal:
-    """The affine map that a batch norm in eval mode is, with ``scale = gamma / sqrt(var + eps)``."""
-    if node.attrs.get("training"):
-        return Refusal("it is in training mode: its statistics come from the batch", why=Why.TRAINING)
-    if any(extra.uses or extra.is_output for extra in node.outputs[1:]):
-        return Refusal("its batch statistics are read")
-    gamma, beta, mean, var = (_vector(node, i) for i in range(1, 5))
-    for name, operand, found in zip(
-        ("scale", "bias", "mean", "variance"), range(1, 5), (gamma, beta, mean, var), strict=True
-    ):
-        if found is None and (operand > 2 or node.input(operand) is not None):
-            return Refusal(f"its {name} is not a constant", why=Why.NOT_CONSTANT)
-    assert mean is not None and var is not None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = 1.0 / np.sqrt(var + float(node.attrs["eps"]))
-        if gamma is not None:
-            scale = gamma * scale
-        shift = (0.0 if beta is None else beta) - mean * scale
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
-        return Refusal("its statistics give a scale or shift that is not finite", why=Why.RANGE)
-    return Affine(1, scale, shift)
+def lay(part: np.ndarray, value: Value, constant: bool) -> np.ndarray | Refusal:
+    """An array over the output of a broadcasting op, over one of its operands instead.
+
+    Where the operand is broadcast, the array must not tell the copies apart; a constant may grow, an activation not.
+    """
+    if constant:
+        return part
+    if value.shape is None:
+        return Refusal(f"the shape of {value.name} is unknown", why=Why.SHAPE)
+    lead = part.ndim - len(value.shape)
+    if any(n != 1 for n in part.shape[:lead]):
+        return Refusal(f"{value.name} is broadcast, the map tells the copies apart", why=Why.SHAPE)
+    part = part.reshape(part.shape[lead:])
+    if any(n not in (1, d) for n, d in zip(part.shape, value.shape, strict=True)):
+        return Refusal(f"{value.name} is broadcast, the map tells the copies apart", why=Why.SHAPE)
+    return part
 
 
-def _vector(node: Node, position: int) -> np.ndarray | None:
-    """A constant operand as float64 [C], or None where it is absent or computed at run time."""
+def constant(node: Node, position: int) -> np.ndarray | None:
+    """A constant operand as float64, or None where it is absent or computed at run time."""
     value = node.input(position)
     data = None if value is None else value.const()
-    return None if data is None else np.asarray(data).astype(np.float64).reshape(-1)
+    return None if data is None else np.asarray(data).astype(np.float64)
 
 
-__all__ = ["Affine", "Refusal", "affine_of"]
+__all__ = ["Affine", "Refusal", "Why", "constant", "lay"]

@@ -1,133 +1,185 @@
-"""The rules of affine folding: constant maps per channel move into the linear operators before or behind them."""
+"""The rules of affine folding: constant scales and shifts travel to an operator that absorbs them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+
 from ...graph.ir import Graph, Node, Value
 from ..rewrite import Env, Refusal, Rewrite, Rule, Why
-from . import travel
-from .absorb import Absorbed, absorb_after, absorb_before, expected_bias, write
-from .affine import Affine, affine_of
-from .operands import LINEAR_OPS, bias_slot, channels
+from .affine import Affine, constant
+from .edits import BEHIND, Finished
+from .linear_sinks import takes_bias
+from .operands import FLOATS, LINEAR_OPS
+from .sinks import gain_shape
+from .sources import affine_of, data_operand
+from .walk import Walk
 
-Plan = tuple[str, list[Absorbed], list[Node]]
+NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
 class FoldNorm(Rule):
-    """Fold a batch norm (eval mode) into the convolution or linear before it, or into all of those behind it.
+    """Fold a batch norm (eval mode) into what makes its operand, or into everything that reads it.
 
     Identity: a batch norm with constant statistics is ``A(x) = scale * x + shift`` per channel, and
     ``A(W x + b) = (scale W) x + (scale b + shift)``, ``W A(x) + b = (W scale) x + (b + W shift)``.
-    Conditions: every operator in between commutes with the map; all arithmetic is float64, cast once.
-    Refuses: a second consumer, a graph output in between, training mode, a tied weight, statistics or a bias computed
-    at run time, a zero-padded border under a shift.
+    Conditions: every operator in between commutes with the map (it moves indices, or is linear, or positively
+    homogeneous under positive scales); every path ends in something that absorbs it: a convolution, a linear, a matrix
+    product or einsum with a constant, an embedding, another norm's gain and bias, a constant that is added or
+    multiplied. All arithmetic is float64, cast once.
+    Refuses: a second consumer that sees the change, a graph output in between, training mode, a tied weight, statistics
+    or a bias computed at run time, a zero-padded border under a shift, a negative scale before a maximum, a result that
+    does not fit its dtype.
     """
 
     name: ClassVar[str] = "fold_norm"
     ops: ClassVar[tuple[str, ...]] = ("batch_norm",)
+    worth: ClassVar[int] = 2
+    """Additions that may be left in its place, plus one: a norm costs more than an addition."""
 
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
         affine = affine_of(node)
-        if isinstance(affine, Refusal):
+        if affine is None or isinstance(affine, Refusal):
             return affine
-        plan = _into_producer(node, affine, env)
-        if isinstance(plan, Refusal):
-            behind = _into_consumers(node, affine, env)
-            if isinstance(behind, Refusal):
-                return Refusal(f"before it: {plan.reason}; behind it: {behind.reason}", plan.node, plan.why)
-            plan = behind
-        side, absorbed, path = plan
+        position = data_operand(node)
+        assert position is not None
+        if node.op == "add" and _is_bias(node, position):
+            return None
+        before = self._attempt(node, position, affine, env)
+        if not isinstance(before, Refusal):
+            return _removal(node, position, "before", *before)
+        behind = self._attempt(node, None, affine, env)
+        if not isinstance(behind, Refusal):
+            return _removal(node, position, "behind", *behind)
+        why = before.why if before.why != Why.GRAPH_INPUT else behind.why
+        return Refusal(f"before it: {before.reason}; behind it: {behind.reason}", before.node or behind.node, why)
 
-        def apply(graph: Graph) -> Sequence[Node]:
-            for new in absorbed:
-                write(graph, new)
-            source = node.inputs[0]  # an addition may now stand behind the operator
-            assert source is not None
-            graph.replace_uses(node.output, source)
-            return [new.node for new in absorbed]
-
-        biases = {new.node.name: expected_bias(new) for new in absorbed}
-        reason = f"absorbed by {', '.join(biases)}, which stands {side} it"
-        return Rewrite([node, *path], apply, "folded", reason, {"side": side, "bias": biases})
-
-
-def _into_producer(node: Node, affine: Affine, env: Env) -> Plan | Refusal:
-    """Walk up from the operand of ``node`` to the operator that absorbs a map acting on it."""
-    value, reader, path = node.inputs[0], node, []
-    while True:
-        assert value is not None
-        if (blocked := env.sole_reader(value, reader)) is not None:
+    def _attempt(self, node: Node, position: int | None, affine: Affine, env: Env) -> tuple[Walk, Finished] | Refusal:
+        """A walk up from an operand, or down from the output, that absorbs the map and pays."""
+        walk = Walk(env)
+        blocked = walk.down(node.output, affine) if position is None else walk.up(node, position, affine)
+        if blocked is not None:
             return blocked
-        producer = value.producer
-        if producer is None:
-            kind = "an input" if value.is_input else "a constant"
-            return Refusal(f"{value.name} is {kind}", why=Why.GRAPH_INPUT if value.is_input else Why.OTHER)
-        path.append(producer)
-        if producer.op in LINEAR_OPS:
-            new = absorb_after(producer, affine)
-            return new if isinstance(new, Refusal) else _checked("before", [new], path)
-        if (biased := _biased(producer)) is not None:
-            value, reader = biased, producer
-            continue
-        moved = travel.backward(producer, affine)
-        if isinstance(moved, Refusal):
-            return moved
-        value, reader, affine = producer.inputs[0], producer, moved
+        if inserted := walk.edits.inserted()[self.worth - 1 :]:
+            return Refusal(f"{inserted[0].name} has no bias: an addition would stand there instead", inserted[0].name)
+        done = walk.edits.finish()
+        return done if isinstance(done, Refusal) else (walk, done)
 
 
-def _biased(node: Node) -> Value | None:
-    """The output of the linear operator whose bias this addition holds, if it is one."""
-    for value in node.inputs if node.op == "add" else ():
-        above = None if value is None else value.producer
-        if above is not None and above.op in LINEAR_OPS and above.input(1) is not None:
-            weight = above.inputs[1].weight if above.inputs[1] is not None else None
-            if weight is not None:
-                slot = bias_slot(above, channels(above, weight.shape)[1])
-                if not isinstance(slot, Refusal) and slot.holder is node:
-                    return above.output
-    return None
+class FoldScaleShift(FoldNorm):
+    """Fold a multiplication, division, addition or subtraction with a constant into what stands before or behind it.
+
+    Identity: ``s * x + t`` is an affine map, whatever axes s and t lie over; where it goes and what absorbs it is as
+    for batch norms. Scale-shift features, layer scale, the scale of attention, a gain that the file spells as a product.
+    Conditions: as for batch norms; the constant does not broadcast its operand to another shape.
+    Refuses: what they refuse, and whatever would leave as many nodes as before.
+    """
+
+    name: ClassVar[str] = "fold_scale_shift"
+    ops: ClassVar[tuple[str, ...]] = ("mul", "div", "add", "sub")
+    worth: ClassVar[int] = 1
 
 
-def _into_consumers(node: Node, affine: Affine, env: Env) -> Plan | Refusal:
-    """Walk down from the output of ``node``: every path must end in an operator that absorbs the map."""
-    absorbed: list[Absorbed] = []
-    path: list[Node] = []
-    todo = [(node.output, affine)]
-    while todo:
-        value, map_ = todo.pop()
-        if value.is_output:
-            return Refusal(f"{value.name} is an output of the graph", why=Why.GRAPH_OUTPUT)
-        if id(value) in env.captured:
-            return Refusal(f"{value.name} is read by a subgraph", why=Why.CAPTURED)
-        for user, position in value.uses:
-            if user.op == "shape_of":
-                continue
-            path.append(user)
-            if position != 0:
-                return Refusal(f"{user.name} reads it as operand {position}", user.name)
-            if user.op in LINEAR_OPS:
-                new = absorb_before(user, map_)
-                if isinstance(new, Refusal):
-                    return new
-                absorbed.append(new)
-                continue
-            moved = travel.forward(user, map_)
-            if isinstance(moved, Refusal):
-                return moved
-            todo.append((user.output, moved))
-    if not absorbed:
-        return Refusal("nothing reads it")
-    return _checked("behind", absorbed, path)
+class PushGain(Rule):
+    """Push gain and bias of a normalization into all the projections that read it.
+
+    Identity: ``W (g * n + b) + c = (W g) n + (c + W b)``, n being the normalized value.
+    Conditions: every reader absorbs the map and none needs a bias that it does not have; the gain that stays is one,
+    the bias zero.
+    Refuses: as for batch norms behind them; a reader without bias where the normalization has one.
+    """
+
+    name: ClassVar[str] = "push_gain"
+    ops: ClassVar[tuple[str, ...]] = NORMS
+
+    def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
+        shape = gain_shape(node)
+        affine = None if isinstance(shape, Refusal) else _gain(node, shape)
+        if isinstance(shape, Refusal) or affine is None or affine.identity:
+            return None
+        walk = Walk(env)
+        if (blocked := walk.down(node.output, affine)) is not None:
+            return blocked
+        if lacking := [*walk.edits.created(), *walk.edits.inserted()]:
+            return Refusal(f"{lacking[0].name} has no bias and would need one", lacking[0].name)
+        for position, neutral in ((1, 1.0), (2, 0.0)):
+            if node.input(position) is not None:
+                walk.edits.add(node, position, _filled(neutral))
+        done = walk.edits.finish()
+        if isinstance(done, Refusal):
+            return done
+        into = _absorbers(walk, node)
+        reason = f"its gain is absorbed by {', '.join(into)}"
+        return Rewrite([node, *walk.window], done.write, "folded", reason, {"side": "behind", "into": into})
 
 
-def _checked(side: str, absorbed: list[Absorbed], path: list[Node]) -> Plan | Refusal:
-    """The plan, if every new weight fits its stored dtype; nothing has been written yet."""
-    for new in absorbed:
-        if not new.fits():
-            return Refusal(f"the folded weight of {new.node.name} does not fit its dtype", new.node.name, Why.RANGE)
-    return side, absorbed, [*path, *(new.slot.holder for new in absorbed if new.slot.holder is not new.node)]
+def _is_bias(node: Node, position: int) -> bool:
+    """Whether an addition is how a product without bias operand gets its bias: that is where it belongs."""
+    producer = node.inputs[position].producer if node.inputs[position] is not None else None  # type: ignore[union-attr]
+    return producer is not None and producer.op in ("linear", "matmul", "einsum") and not takes_bias(producer)
 
 
-AFFINE_RULES: list[Rule] = [FoldNorm()]
+def _gain(node: Node, shape: tuple[int, ...]) -> Affine | None:
+    """Gain and bias as a map on the output; None where there is none, or none that may be changed."""
+    rank = node.output.rank
+    gain, bias = constant(node, 1), constant(node, 2)
+    for position, data in ((1, gain), (2, bias)):
+        value = node.input(position)
+        if value is not None and (
+            data is None or value.dtype not in FLOATS or np.broadcast(data, np.empty(shape)).shape != shape
+        ):
+            return None
+    if rank is None or (gain is None and bias is None):
+        return None
+    tail = (1,) * (rank - 2) if node.op in ("group_norm", "instance_norm") else ()
+    parts = [
+        np.full((), neutral) if data is None else np.broadcast_to(data, shape).reshape(*shape, *tail)
+        for data, neutral in ((gain, 1.0), (bias, 0.0))
+    ]
+    return Affine.of(parts[0], parts[1], rank)
+
+
+def _filled(value: float):  # type: ignore[no-untyped-def]
+    return lambda a: np.full_like(a, value)
+
+
+def _removal(node: Node, position: int, side: str, walk: Walk, done: Finished) -> Rewrite:
+    """The rewrite that makes the edits and takes the node out."""
+
+    def apply(graph: Graph) -> Sequence[Node]:
+        touched = done.write(graph)
+        source = node.inputs[position]  # an addition may now stand behind the operator
+        assert isinstance(source, Value)
+        graph.replace_uses(node.output, source)
+        return touched
+
+    into = _absorbers(walk, node)
+    biases = {n.name: _bias(walk, n) for n in walk.window if n.op in LINEAR_OPS and _touched(walk, n)}
+    reason = f"absorbed by {', '.join(into)}, which stands {side} it" if into else "it changes nothing"
+    return Rewrite([node, *walk.window], apply, "folded", reason, {"side": side, "into": into, "bias": biases})
+
+
+def _absorbers(walk: Walk, source: Node) -> list[str]:
+    return [n.name for n in dict.fromkeys(n for n, _ in walk.edits.slots()) if n is not source]
+
+
+def _touched(walk: Walk, node: Node) -> bool:
+    return any(n is node for n, _ in walk.edits.slots())
+
+
+def _bias(walk: Walk, node: Node) -> str:
+    """What becomes of a linear operator's bias: kept, updated, created, or untied from others that share it."""
+    slots = walk.edits.slots()
+    if (node, BEHIND) in slots or ((node, 2) in slots and node.input(2) is None):
+        return "created"
+    own = node.input(2)
+    if (node, 2) in slots and own is not None:
+        alone = own.weight is not None and len(own.uses) == 1 and len(own.weight.aliases) <= 1
+        return "updated" if alone else "untied"
+    added = [user for user, _ in node.output.uses if user.op == "add" and _touched(walk, user)]
+    return "updated" if added else "kept"
+
+
+AFFINE_RULES: list[Rule] = [FoldNorm(), FoldScaleShift(), PushGain()]

@@ -10,9 +10,10 @@ import numpy as np
 
 from ...graph.ir import Node, Value, Weight
 from ..rewrite import Env, Refusal, Why
-from .affine import Affine, affine_of
+from .affine import Affine
 from .kernels import Form, Kernel, Taps, chain, chain_form, channelwise, taps
 from .operands import FLOATS, channels, groups, inputs_first, spatial
+from .sources import affine_of
 
 WEIGHTED = ("conv", "linear")
 SUMS = ("add", "sub")
@@ -114,9 +115,10 @@ def link(node: Node, axes: int) -> Link | Refusal:
         affine = affine_of(node)
         if not isinstance(affine, Affine):
             return affine
-        if affine.axis != axis or affine.size != size:
+        vector = affine.vector(axis, size)
+        if vector is None:
             return Refusal(f"{node.name} acts on another axis", node.name, Why.SHAPE)
-        kernel = channelwise(affine.scale, affine.shift if affine.has_shift else None, axes)
+        kernel = channelwise(vector[0], vector[1] if affine.has_shift else None, axes)
         return Link(node, source, kernel.form, lambda: kernel)
     return _elementwise(node, source, axes, axis, size)
 
