@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .cli_models import ModelArgument, batches, example_inputs, load_model
 from .cli_prune import Atoms, Criterion, Equal, Goal, Ignore, MinKeep, PlanFile, Ratio, Round, Scope, prune_step
+from .cli_rewrite import Bisect, Tolerance, VerifyOption, show_culprit, with_verify
 from .graph.errors import FoldlineError
 from .graph.version import VERSION
 
@@ -71,20 +72,31 @@ def run(
         typer.Argument(metavar="PIPELINE", help="A .yaml, .json or .toml pipeline file, or the name of one pass."),
     ],
     model: Model,
-    output: Output,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="Folder for the result.")] = None,
     input_shape: Shape = None,
     calibration: Calibration = None,
     batch_size: BatchSize = 32,
     seed: Seed = None,
     no_verify: NoVerify = False,
+    verify: VerifyOption = None,
+    bisect: Bisect = False,
+    tolerance: Tolerance = None,
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline, or one pass by its name (`foldline run fold m.onnx -o out`), and save the result and report."""
     from .passes.pipeline import Pipeline
 
+    if output is None and not bisect:
+        raise typer.BadParameter("a folder for the result is needed", param_hint="--output")
     pipe = Pipeline.named(pipeline)
     if seed is not None:
         pipe = Pipeline(pipe.passes, seed=seed, name=pipe.name)
+    if verify is not None:
+        pipe = with_verify(pipe, verify)
+    if output is None or bisect:
+        loaded, example = load_model(model)
+        example = example_inputs(loaded, example, input_shape, pipe.seed)
+        raise typer.Exit(int(show_culprit(pipe, loaded, example, tolerance, out)))
     data = None if calibration is None else batches(calibration, batch_size)
     _execute(pipe, model, output, input_shape, data, not no_verify, quiet)
 

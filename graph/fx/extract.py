@@ -43,7 +43,9 @@ def extract(like: FXGraph, nodes: Sequence[Node], readers: bool) -> FXGraph:
     for node in [*stored, *natives]:
         env[node] = graph.node_copy(node, lambda n: env[n])
         env[node].meta = dict(node.meta)
+    asked = {n.native for n in nodes}
     results = [n for n in natives if n in like._value_of and any(u not in inside for u in n.users)]
+    results = [n for n in results if not _is_size(n) or any(i in asked for i in n.all_input_nodes) or n in asked]
     ends = [_end(graph, like, env[n], n) if readers else env[n] for n in results]
     graph.output(tuple(ends))
     names = [str(n.target) for n in stored]

@@ -26,7 +26,9 @@ def extract(g: ONNXGraph, nodes: Sequence[Node], readers: bool) -> ONNXGraph:
     natives = [n.native for n in chosen]
     inside = set(_within(natives))
     stored, constants, boundary = _operands(g, chosen, inside)
-    results = [v for n in natives for v in n.outputs if v.name and _read_outside(g, v, inside)]
+    asked = set(nodes)
+    shown = [n.native for n in chosen if n in asked or n.op == "shape_of"]  # what sizes rest on is no result
+    results = [v for n in shown for v in n.outputs if v.name and _read_outside(g, v, inside)]
     view = ir.GraphView(
         boundary, results, nodes=[*constants, *natives], initializers=stored, name=g.name,
         opset_imports=dict(g.model.graph.opset_imports),

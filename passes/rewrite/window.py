@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -39,6 +39,7 @@ def check_window(graph: Graph, rule: Rule, node: Node, found: Rewrite, env: Env)
     names = [n.name for n in found.nodes]
     try:
         before = graph.extract([node, *(n for n in found.nodes if n is not node)], readers=True)
+        inputs = list(_inputs(before, env.ctx.seed))  # now: a rewrite that fixes a symbolic size does so everywhere
         after = before.clone()
         again = rule.match(after.node(node.name), Env(after, env.ctx))
         if not isinstance(again, Rewrite):
@@ -51,18 +52,21 @@ def check_window(graph: Graph, rule: Rule, node: Node, found: Rewrite, env: Env)
         after.refresh()
     except FoldlineError as exc:
         return _refusal(rule, names, f"the window cannot be checked alone: {exc.message}")
-    return _compare(before, after, rule, names, env.ctx.seed)
+    return _compare(before, after, inputs, rule, names, env.ctx.seed)
 
 
-def _compare(before: Graph, after: Graph, rule: Rule, names: list[str], seed: int) -> Refusal | None:
-    floats = [v.dtype for v in before.values.values() if v.dtype in RTOL]
-    narrow = max(floats, key=lambda d: RTOL[d], default="float32")
+def _narrowest(graph: Graph) -> str:
+    """The float dtype of the graph that has the fewest bits."""
+    floats = [v.dtype for v in graph.values.values() if v.dtype in RTOL]
+    return max(floats, key=lambda d: RTOL[d], default="float32")
+
+
+def _compare(
+    before: Graph, after: Graph, inputs: Sequence[tuple[str, Arrays]], rule: Rule, names: list[str], seed: int
+) -> Refusal | None:
+    narrow = _narrowest(before)
     scales: list[float] = []
     checked = 0
-    try:
-        inputs = list(_inputs(before, narrow, seed))
-    except FoldlineError as exc:
-        return _refusal(rule, names, f"no inputs can be made up for the window: {exc.message}")
     for kind, arrays in inputs:
         try:
             a_list = _run(before, arrays)
@@ -91,12 +95,12 @@ def _refusal(rule: Rule, names: list[str], what: str, kind: str = "", error: flo
     return Refusal(text, why=Why.WINDOW, data={"nodes": names, "inputs": kind, "error": error})
 
 
-def _inputs(graph: Graph, narrow: str, seed: int) -> Iterator[tuple[str, Arrays]]:
+def _inputs(graph: Graph, seed: int) -> Iterator[tuple[str, Arrays]]:
     """Kinds of inputs with arrays for each input of the window."""
     random = synthesize_inputs(graph, seed)
     yield "random", random
     if any(_is_float(x) for x in random.values()):
-        large = LARGE.get(narrow, 1e3)
+        large = LARGE.get(_narrowest(graph), 1e3)
         yield "negative", _each_float(random, lambda x: -np.abs(x))
         yield "zero", _each_float(random, np.zeros_like)
         yield "large", _each_float(random, lambda x: (x.astype(np.float64) * large).astype(x.dtype))
