@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...graph.errors import FoldlineError
 from ...graph.ir import Graph, Node, Value, Weight
 from ...graph.ops import known_ops
 from ..base import Context, Decision
@@ -119,10 +120,15 @@ class ConstantSubgraph(Rule):
                     why=Why.SIZE,
                 )
             roots = small
+        try:
+            results = evaluate64(env.graph, roots)
+        except FoldlineError as error:  # an operator or dtype that nothing here computes
+            refused.update(found.nodes)
+            return Refusal(f"it cannot be computed: {error.args[0] if error.args else error}"[:200])
         data = {"values": [r.name for r in roots], "bytes": sum(map(_bytes, roots)), "grown": grown}
         return Rewrite(
             _window(found, roots),
-            self._storing(env, found, [r.name for r in roots], grown),
+            self._storing(env, found, results, grown),
             action="stored",
             reason=f"computed from constants alone: {', '.join(r.name for r in roots[:3])}",
             data=data,
@@ -140,6 +146,8 @@ class ConstantSubgraph(Rule):
             return False
         if root.producer is not None and root.producer.op == "identity" and not outside:
             return False  # an output that repeats a weight
+        if root.is_output and root.dtype in ("float16", "bfloat16"):
+            return False  # float64 gives better digits than the model does, where the caller sees them
         return graph.kind != "fx" or any(node.op not in MOVES for node in cone)
 
     def _affordable(self, grown: int, found: _Component, roots: Sequence[Value], spent: int) -> bool:
@@ -151,12 +159,12 @@ class ConstantSubgraph(Rule):
         return all(_bytes(r) <= self.free for r in roots) and spent + grown <= self.budget
 
     def _storing(
-        self, env: Env, found: _Component, names: list[str], grown: int
+        self, env: Env, found: _Component, data: dict[str, np.ndarray], grown: int
     ) -> Callable[[Graph], Sequence[Node] | None]:
         def apply(graph: Graph) -> Sequence[Node]:
-            roots = [graph.values[name] for name in names]
-            data = evaluate64(graph, roots)
-            window = {n.name for n in _window(found, found.roots)}
+            roots = [graph.values[name] for name in data]
+            stay = {id(n) for root in found.roots if root.name not in data for n in found.cone(root)}
+            window = {n.name for n in found.nodes if id(n) not in stay}  # what computes another result stays
             again: list[Node] = []
             for root in roots:
                 again += store(graph, root, data[root.name], window)

@@ -31,6 +31,8 @@ def evaluable(graph: Graph, node: Node) -> bool:
         return False
     if node.op == "identity" and node.attrs.get("fn") == "dropout" and graph.kind == "fx":
         return False  # it drops in training, and what comes back may be trained
+    if graph.kind == "onnx" and node.op == "opaque":
+        return False  # what has no canonical form is computed as the runtime does, by the rule of constant folding
     return _machine(graph).takes(node)
 
 
