@@ -252,3 +252,32 @@ def _dense(kernel: Kernel, groups: int) -> np.ndarray:
     weight = np.zeros(form.shape)
     _place(kernel, form, weight, 1.0)
     return _grouped(weight, groups)
+
+
+def through(outer: Kernel, inner: Kernel, sizes: Sequence[int], made: Sequence[int]) -> Kernel:
+    """A linear on the flattened output of a convolution, as a linear on the convolution's flattened input.
+
+    Args:
+        outer: weight [out, outputs of ``inner`` x positions].
+        sizes, made: positions per spatial axis before and after ``inner``.
+    """
+    form, g = inner.form, inner.form.groups
+    rows = outer.form.outputs
+    late = outer.weight.reshape(rows, g, form.outputs // g, -1)
+    pads = [axis.padding for axis in form.axes]
+    wide = np.zeros((rows, g, form.inputs // g, *(n + low + high for n, (low, high) in zip(sizes, pads, strict=True))))
+    early = _grouped(inner.weight, g)
+    for tap in np.ndindex(*form.shape[2:]):
+        part = np.einsum("rgop,goi->rgip", late, early[(..., *tap)], optimize=True)
+        at = tuple(
+            slice(t * axis.step, t * axis.step + axis.stride * (n - 1) + 1, axis.stride)
+            for t, axis, n in zip(tap, form.axes, made, strict=True)
+        )
+        wide[(slice(None), slice(None), slice(None), *at)] += part.reshape(*part.shape[:3], *made)
+    inside = tuple(slice(low, low + n) for n, (low, _) in zip(sizes, pads, strict=True))
+    weight = wide[(slice(None), slice(None), slice(None), *inside)].reshape(rows, -1)
+    bias = outer.bias
+    if inner.bias is not None:
+        moved = outer.weight.reshape(rows, form.outputs, -1).sum(2) @ inner.bias
+        bias = moved if bias is None else bias + moved
+    return Kernel(Form(weight.shape[1], rows, 1, (), bias is not None), weight, bias)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 from ...graph.ir import Graph, Node
 from ..rewrite import Env, Refusal, Rewrite, Rule, Why
 from .branches import MergeBranches
-from .chains import WEIGHTED, chain_of, positions, spatial_axes, walk
+from .chains import WEIGHTED, chain_of, link, positions, spatial_axes, walk
 from .hosts import host_among, prepare, take_over, written_form
-from .kernels import Kernel, add
+from .kernels import Kernel, add, through
 
 
 class MergeChain(Rule):
@@ -73,4 +74,70 @@ class MergeChain(Rule):
         return Rewrite(window, apply, "merged", reason, {"into": node.name, "taps": list(form.shape[2:])})
 
 
-LINEAR_RULES: list[Rule] = [MergeBranches(), MergeChain()]
+class MergeFlattened(Rule):
+    """Merge a convolution into the linear that reads all of its output, flattened.
+
+    Identity: ``L flatten(K x + b) + c = L' flatten(x) + (L flatten(b) + c)`` with ``L' = L K``, K written out as a
+    matrix over channels and positions; borders are exact, since K's own zero padding is in that matrix.
+    Conditions: channels and positions have fixed sizes, each operator is read by the next alone, neither
+    multiply-accumulates nor stored weights grow.
+    Refuses: a linear on another axis, tied weights, a matrix that is larger than its factors.
+    """
+
+    name: ClassVar[str] = "merge_flattened"
+    ops: ClassVar[tuple[str, ...]] = ("linear",)
+
+    def __init__(self, grow: bool = False) -> None:
+        self.grow = grow
+
+    def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
+        flat = node.inputs[0]
+        reshape = None if flat is None else flat.producer
+        inner = None if reshape is None or reshape.op != "reshape" else reshape.inputs[0]
+        before = None if inner is None else inner.producer
+        if flat is None or reshape is None or inner is None or before is None or before.op != "conv":
+            return None
+        for value, reader in ((flat, node), (inner, reshape)):
+            if (seen := env.sole_reader(value, reader)) is not None:
+                return seen
+        first, last = link(before, spatial_axes(before) or 0), link(node, 0)
+        if isinstance(first, Refusal):
+            return first
+        if isinstance(last, Refusal):
+            return last
+        source = first.source
+        assert inner.shape is not None and source.shape is not None and flat.shape is not None
+        made, read = inner.shape[1:], source.shape[1:]
+        if len(flat.shape) != 2 or len(made) != len(first.form.axes) + 1 or flat.shape[0] != inner.shape[0]:
+            return None
+        if not all(isinstance(d, int) for d in (*made, *read)) or last.form.inputs != math.prod(map(int, made)):
+            return Refusal(f"the sizes of {inner.name} vary", before.name, Why.SHAPE)
+        width = math.prod(map(int, read))
+        rows = positions(node.output, last.form.outputs)
+        size = last.form.outputs * width
+        if not self.grow and (rows * size > first.work + last.work or size > first.stored + last.stored):
+            reason = f"one linear would take {rows * size} multiply-accumulates, the two take {first.work + last.work}"
+            return Refusal(reason, before.name, Why.SIZE)
+        host = host_among([last], [user for user, _ in node.output.uses])
+        if host is None or isinstance(host, Refusal):
+            return host
+        kernel = through(last.load(), first.load(), [int(d) for d in read[1:]], [int(d) for d in made[1:]])
+        if host.slot.holder is not node and kernel.bias is not None:
+            kernel = Kernel(kernel.form, kernel.weight, kernel.bias + host.slot.data(last.form.outputs))
+        new = prepare(host, kernel)
+        if isinstance(new, Refusal):
+            return new
+
+        def apply(graph: Graph) -> Sequence[Node]:
+            sizes = [d if isinstance(d, int) else None for d in source.shape[:1]]
+            made = graph.insert(
+                "reshape", [source], {"shape": [*sizes, width]}, name=reshape.name, after=before, scope=node.scope
+            )
+            take_over(graph, new, kernel.form, made.output, node.output)
+            return [node, made]
+
+        window = [before, reshape, node] if host.slot.holder is node else [before, reshape, node, host.slot.holder]
+        return Rewrite(window, apply, "merged", f"{before.name} and {node.name} are one operator", {"into": node.name})
+
+
+LINEAR_RULES: list[Rule] = [MergeBranches(), MergeChain(), MergeFlattened()]
