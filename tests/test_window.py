@@ -196,8 +196,13 @@ class Fixed(Rule):
         return Rewrite([node], apply)
 
 
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize(("rule", "kind"), [(DropRelu(), "random"), (WrongBias(), "random"), (Fixed(), "resized")])
+@pytest.mark.parametrize(
+    ("front", "rule", "kind"),
+    [
+        *((front, rule, "random") for front in FRONTS for rule in (DropRelu(), WrongBias())),
+        ("onnx", Fixed(), "resized"),
+    ],
+)
 def test_a_wrong_rewrite_fails_in_its_window_and_is_not_made(front: str, rule: Rule, kind: str) -> None:
     model, args = (Reshaped(), torch.randn(2, 5, 6)) if rule.name == "fixed" else (small_net(), torch.randn(2, 3, 7, 7))
     graph = graph_of(model.eval(), args, front=front)
@@ -213,6 +218,19 @@ def test_a_wrong_rewrite_fails_in_its_window_and_is_not_made(front: str, rule: R
     for a, b in zip(run_graph(before, arrays)[0], run_graph(graph, arrays)[0], strict=True):
         np.testing.assert_array_equal(a, b)
     assert rewrite(graph, [rule], Env(graph, Context())).applied  # unchecked, it is made
+
+
+def test_a_call_that_fixes_a_symbolic_size_cannot_be_inserted() -> None:
+    """Torch settles the size for all graphs of one capture: that must not happen, nor outlive the attempt."""
+    graph = graph_of(Reshaped().eval(), torch.randn(2, 5, 6), front="fx")
+    shape = graph.inputs[0].shape
+    log = rewrite(graph, [Fixed()], Env(graph, Context(), windows=True))
+    assert not log.applied and all("symbolic" in d.reason for d in log.refused) and len(log.refused) == 2
+    with pytest.raises(ConstraintError, match="symbolic"):
+        rewrite(graph, [Fixed()], Env(graph, Context()))
+    assert graph.clone().inputs[0].shape == shape
+    graph.set_hints(**{str(shape[0]): 9})  # type: ignore[attr-defined, index]
+    assert graph.inputs[0].shape == shape and graph.inputs[0].hint == (9, 5, 6)
 
 
 @pytest.mark.parametrize("front", FRONTS)
