@@ -79,9 +79,6 @@ class _Sizes:
         del self.env.guards[self.guards :]
         self.env._update_version_counter()
         FakeTensorMode.cache_clear()  # or the same call would be answered from there, and settle nothing
-        answers = getattr(type(self.env), "_inner_evaluate_expr", None)  # torch's cache of answers to comparisons
-        if hasattr(answers, "cache_clear"):
-            answers.cache_clear()
 
 
 def _on_meta(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
