@@ -187,7 +187,7 @@ def merged_weight(weight: np.ndarray, bias: np.ndarray | None, entry: Entry) -> 
     if kind.bias is None:
         return new, None if bias is None else np.asarray(bias).astype(np.float64)
     b = np.zeros(view.rows_of(w.shape)) if bias is None else np.asarray(bias).astype(np.float64)
-    changed = kind.bias(view.bias_rows(b), t, entry.options)
+    changed = kind.bias(view.bias_rows(b), {**t, "base": view.canonical(w)}, entry.options)
     if bias is None and not np.any(changed):
         return new, None
     return new, view.stored_bias(changed, b)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from ...graph.fx.tensors import to_numpy
 from .attach import WeightAdapter, attach
 from .kinds import AdapterKind, Start
 from .outputs import attach_output, attach_prefix
-from .places import Place, by_default, find_places
+from .patterns import matches
+from .places import NORMS, Place, by_default, find_places
 
 Evidence = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -34,8 +34,6 @@ class Inserted:
 
 def places_for(model: nn.Module, kind: AdapterKind, targets: Any, exclude: Sequence[str]) -> list[Place]:
     """The weights that adapters of this kind go on; scale-shift also takes norms."""
-    from .places import NORMS
-
     if kind.name == "ssf":
         return find_places(model, targets, exclude, lambda m: by_default(m) or isinstance(m, NORMS))
     return find_places(model, targets, exclude)
@@ -65,8 +63,6 @@ def insert(
     Raises:
         ConfigError, ConstraintError: an option is unknown, or does not fit a weight (which is named).
     """
-    from .places import matches
-
     for path, p in model.named_parameters():
         p.requires_grad_(any(matches(t, path.rpartition(".")[0], path) for t in train))
     found: list[Inserted] = []
@@ -166,11 +162,6 @@ def _start(
     bias = None if offset is None else view.bias_rows(to_numpy(offset).astype(np.float64))
     given: dict[str, np.ndarray] = {}
     for what, data in evidence.get(place.name, {}).items():
-        given[what] = data if what == "inputs" else view.canonical(np.asarray(data, dtype=np.float64))
+        given[what] = data if what in ("inputs", "energy") else view.canonical(np.asarray(data, dtype=np.float64))
     g = view.geometry(tuple(stored.shape))
     return Start(weight.reshape(g.shape) if weight.ndim > 1 else weight, bias, g, options, rng, given)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy."""
-    return copy.deepcopy(model)

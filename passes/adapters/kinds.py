@@ -142,6 +142,7 @@ class AdapterKind:
         bias: b' = bias(b, tensors), b [out]; None where the bias stays. A layer without one starts from zeros.
         fixed: names of stored tensors that are not trained.
         ranks: tensor -> the axis that counts ranks, for growing and compacting; empty where there is none.
+        penalty: of the trained tensors, a scalar to add to the loss while training; None where the paper has none.
         derived: tensors made anew from the options (a seed) instead of being stored.
         defaults: options and their defaults; nothing else is accepted.
         checked: refuses options or tensors that cannot be merged (raises ConstraintError).
@@ -163,6 +164,7 @@ class AdapterKind:
     composition: Literal["add", "scale", "transform", "magnitude", "gate"] = "add"
     fixed: frozenset[str] = frozenset()
     ranks: Mapping[str, int] = field(default_factory=dict)
+    penalty: Callable[[Tensors], Array] | None = None
     derived: Callable[[Geometry, Options], dict[str, np.ndarray]] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     checked: Callable[[Tensors, Options], None] | None = None
@@ -271,6 +273,10 @@ def kind_of(name: str) -> AdapterKind:
     Raises:
         ConfigError: there is none; names the nearest.
     """
+    if name.startswith("peft_"):
+        from .peft_kinds import peft_kind
+
+        return peft_kind(name)
     known = kinds()
     if name not in known:
         close = nearest(name, known)

@@ -153,6 +153,18 @@ def _gated_start(start: Start) -> dict[str, np.ndarray]:
     return {**factors(start), "gate": np.ones(start.rank)}
 
 
+def orthogonality(rows: Array) -> Array:
+    """|X X^T - I|_F^2 of the rows of X [r, n]."""
+    gram = rows @ rows.T
+    module = xp(rows)
+    eye = np.eye(len(gram)) if module is np else module.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return ((gram - eye) ** 2).sum()
+
+
+def _orthogonal_factors(t: Tensors) -> Array:
+    return orthogonality(t["A"]) + orthogonality(t["B"].T)
+
+
 STARTS = frozenset({"A_start", "B_start"})
 RANKS = {"A": 0, "B": 1}
 
@@ -197,6 +209,7 @@ ADALORA = register(
         paper="Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
         init=_adalora_start,
         delta=gated_product,
+        penalty=_orthogonal_factors,
         ranks={**RANKS, "gate": 0},
         defaults={"rank": 8, "scale": 1.0},
     )
@@ -207,6 +220,7 @@ INCRELORA = register(
         paper="IncreLoRA: Incremental Parameter Allocation Method for Parameter-Efficient Fine-tuning",
         init=_adalora_start,
         delta=gated_product,
+        penalty=_orthogonal_factors,
         ranks={**RANKS, "gate": 0},
         defaults={"rank": 1, "scale": 1.0},
     )

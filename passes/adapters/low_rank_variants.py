@@ -56,6 +56,13 @@ def _group(t: Tensors, g: Geometry, o: Options) -> Array:
     return o["scale"] * xp(t["A"]).einsum("nor,nri->oi", t["B"], t["A"])
 
 
+def _apart(t: Tensors) -> Array:
+    """sum over pairs of adapters of |A_n A_m^T|_F^2: what they read is kept orthogonal."""
+    cross = xp(t["A"]).einsum("nri,msi->nmrs", t["A"], t["A"]) ** 2
+    n = t["A"].shape[0]
+    return cross.sum() - sum(cross[i, i].sum() for i in range(n))
+
+
 GROUP = register(
     AdapterKind(
         name="group_lora",
@@ -63,6 +70,7 @@ GROUP = register(
         "Generalization",
         init=_group_start,
         delta=_group,
+        penalty=_apart,
         ranks={"A": 1, "B": 2},
         defaults={"rank": 4, "scale": 1.0, "count": 2},
     )

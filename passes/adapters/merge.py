@@ -17,6 +17,7 @@ from ..result import Result
 from .adapter import Adapter, Entry, base_hash, cast_once, merged_weight
 from .insert import graph_of, module_of, run_pass
 from .kinds import NotFoldable
+from .peft import is_peft, load_peft
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +48,8 @@ class MergeAdapter(Pass):
     invalidates: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
     adapter: Any = None
-    """An ``Adapter``, or the path of a file that ``Adapter.save`` wrote; None: the adapters in the model."""
+    """An ``Adapter``, the path of a file that ``Adapter.save`` wrote or of a directory that peft's ``save_pretrained``
+    wrote; None: the adapters in the model."""
     any_base: bool = False
     """Merge although the base's hash is another (a base that was cast, or fine-tuned further)."""
 
@@ -56,13 +58,17 @@ class MergeAdapter(Pass):
 
     def prepare(self, ctx: Context) -> None:
         """The adapter can be read and merged."""
-        if self.adapter is not None:
+        if is_peft(self.adapter):
+            load_peft(self.adapter).check()
+        elif self.adapter is not None:
             for entry in self._given().entries:
                 check_foldable(entry)
 
-    def _given(self) -> Adapter:
+    def _given(self, base: Any = None) -> Adapter:
         if isinstance(self.adapter, Adapter):
             return self.adapter
+        if is_peft(self.adapter):
+            return load_peft(self.adapter).bind(base)
         if isinstance(self.adapter, (str, Path)):
             return Adapter.load(self.adapter)
         raise ConfigError(
@@ -73,7 +79,7 @@ class MergeAdapter(Pass):
         )
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        given = None if self.adapter is None else self._given()
+        given = None if self.adapter is None else self._given(graph)
         if graph.kind == "onnx" or isinstance(getattr(graph, "source", None), Mapping):
             if given is None:
                 raise ConstraintError(
@@ -151,7 +157,8 @@ def bias_name(entries: list[Entry]) -> str | None:
 
 def merge_into_graph(graph: Graph, adapter: Adapter, any_base: bool) -> tuple[dict[str, list[Entry]], Originals]:
     """Set the merged weights of an ONNX graph or of bare weights; what was there comes back too."""
-    fingerprint, originals = adapter.fingerprint(), {}
+    fingerprint = adapter.fingerprint()
+    originals: Originals = {}
     new: list[tuple[Weight, np.ndarray]] = []
     added: dict[str, np.ndarray] = {}
     for target, entries in adapter.targets().items():
@@ -297,7 +304,7 @@ def _originals(model: Any, step: MergeAdapter) -> Originals:
     """Copies of what the merge will replace, from the model as it came in."""
     from ..inplace import is_module
 
-    adapter = None if step.adapter is None else step._given()
+    adapter = None if step.adapter is None else step._given(model)
     if adapter is None:
         if not is_module(model):
             return {}

@@ -61,21 +61,18 @@ class OutputAdapter(nn.Module):
         """The layer's output with the adapter's, given its input and output (of a tuple the first is adapted)."""
         if isinstance(y, tuple):
             return (self(x, y[0]), *y[1:])
+        t = self.stored_tensors()
         read = y if self.kind.insertion == "sequential" else x
-        moved = read.movedim(self.axis, -1).to(self.down_bias.dtype)
-        hidden = ACTIVATIONS[self.options["activation"]](self._down(moved) + self.down_bias)
-        added = self.options["scale"] * (self._up(hidden) + self.up_bias)
+        moved = read.movedim(self.axis, -1).to(t["down_bias"].dtype)
+        hidden = ACTIVATIONS[self.options["activation"]](self._project("down", moved, t) + t["down_bias"])
+        added = self.options["scale"] * (self._project("up", hidden, t) + t["up_bias"])
         return y + added.movedim(-1, self.axis).to(y.dtype)
 
-    def _down(self, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, which: str, x: torch.Tensor, t: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.kind_name == "compacter":
-            return kron_apply(self.A, self.down_left @ self.down_right, x)
-        return x @ self.down.T
-
-    def _up(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kind_name == "compacter":
-            return kron_apply(self.A, self.up_left @ self.up_right, x)
-        return x @ self.up.T
+            product: torch.Tensor = kron_apply(t["A"], t[f"{which}_left"] @ t[f"{which}_right"], x)
+            return product
+        return x @ t[which].T
 
     def extra_repr(self) -> str:
         return f"{self.kind_name}, axis={self.axis}"
@@ -141,11 +138,12 @@ class PrefixAdapter(nn.Module):
         """h: [..., length, width], the heads' outputs side by side."""
         query = self.box.take()
         q = query.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        key = self.key.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
-        value = self.value.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        t = self.stored_tensors()
+        key = t["key"].unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        value = t["value"].unflatten(-1, (self.heads, -1)).transpose(-2, -3)
         scores = torch.softmax(q @ key.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
         mixed = (scores @ value).transpose(-2, -3).flatten(-2)
-        return h + self.gate * (mixed.reshape(h.shape) - h)
+        return h + t["gate"] * (mixed.reshape(h.shape) - h)
 
 
 def attach_prefix(

@@ -6,6 +6,7 @@ import numpy as np
 
 from ...graph.errors import ConfigError
 from .kinds import AdapterKind, Array, Geometry, Options, Start, Tensors, register
+from .low_rank import orthogonality
 
 
 def rank_of_energy(values: np.ndarray, share: float) -> int:
@@ -82,12 +83,18 @@ def _sorsa_start(start: Start) -> dict[str, np.ndarray]:
     return {**t, **{name + "_start": data.copy() for name, data in t.items()}}
 
 
+def _orthonormal_vectors(t: Tensors) -> Array:
+    """|U^T U - I|^2 + |V V^T - I|^2."""
+    return orthogonality(t["U"].T) + orthogonality(t["V"])
+
+
 SORSA = register(
     AdapterKind(
         name="sorsa",
         paper="SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models",
         init=_sorsa_start,
         delta=_sigma,
+        penalty=_orthonormal_vectors,
         fixed=frozenset({"U_start", "s_start", "V_start"}),
         defaults={"rank": 8},
     )
