@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from ..rewrite import Rule
 from .constant_folding import FOLDING_RULES
+from .fixed_casts import CAST_RULES
 from .identities import IDENTITY_RULES
 from .inverse_pairs import PAIR_RULES
 from .sweeps import SWEEP_RULES
 
-CLEAN_RULES: list[Rule] = [*SWEEP_RULES, *FOLDING_RULES, *IDENTITY_RULES, *PAIR_RULES]
+CLEAN_RULES: list[Rule] = [*SWEEP_RULES, *CAST_RULES, *FOLDING_RULES, *IDENTITY_RULES, *PAIR_RULES]
 
 __all__ = ["CLEAN_RULES"]
