@@ -1,4 +1,4 @@
-"""Checkpoints of the peft library: read without it (json and safetensors) and made an Adapter for a given base model."""
+"""Checkpoints of the peft library, read without it (json and safetensors) and made an Adapter for a base model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ...graph.errors import ConstraintError, ModelFileError
 from ..base import nearest
 from .adapter import Adapter, Entry
 from .kinds import NotFoldable
+from .peft_base import BaseModel
 from .peft_kinds import METHODS, PREFIX, Method, peft_kind
 from .view import View
 
@@ -81,10 +82,8 @@ class PeftCheckpoint:
             NotFoldable: the method is no function of a weight (prompts, routers).
             ConstraintError: a layer is not in the model, or an option does not allow merging; named.
         """
-        where = _Model(model)
-        if not self.method.kind.foldable:
-            raise NotFoldable(self.method.kind, next(iter(self.sites), None))
-        self._check()
+        self.check()
+        where = BaseModel(model)
         entries = [self._entry(site, where) for site in self.sites.values()]
         for path, tensors in _by_layer(self.replaced).items():
             entries += _whole(path, tensors, where)
@@ -96,7 +95,10 @@ class PeftCheckpoint:
             )  # fmt: skip
         return Adapter(entries)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises NotFoldable for a method, or for options, under which nothing can be merged into weights."""
+        if not self.method.kind.foldable:
+            raise NotFoldable(self.method.kind, next(iter(self.sites), None))
         if self.config.get("peft_type") not in ("LORA", "ADALORA"):
             return
         for option, why in REFUSED_OPTIONS.items():
@@ -107,7 +109,7 @@ class PeftCheckpoint:
             why = f"{start} changed the base weight by what is not in the checkpoint"
             raise NotFoldable(self.method.kind, "init_lora_weights", why)
 
-    def _entry(self, site: Site, where: _Model) -> Entry:
+    def _entry(self, site: Site, where: BaseModel) -> Entry:
         wide = any("embedding" in name for name in site.tensors) or "token" in next(iter(site.tensors))
         target, view = where.weight_of(site.path, self._fan_in_fan_out(site), embedding=wide)
         rank = self._rank(site)
@@ -267,7 +269,11 @@ def _sort(found: PeftCheckpoint, key: str, data: np.ndarray) -> None:
     parts = name.split(".")
     starts = [i for i, part in enumerate(parts) if part.startswith((*method.parameters, "token_adapter"))]
     if not starts:
-        found.replaced[WRAPPED.sub("", name)] = data
+        plain = WRAPPED.sub("", name)
+        if plain == name or ".base_layer." in name:
+            found.replaced[plain] = data
+        elif ".original_module." not in name:  # a trained copy is saved under the plain name too
+            found.replaced.setdefault(plain, data)
         return
     path = ".".join(parts[: starts[0]])
     site = found.sites.setdefault(path, Site(path))
@@ -298,7 +304,7 @@ def _by_layer(replaced: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndar
     return layers
 
 
-def _whole(path: str, tensors: dict[str, np.ndarray], where: _Model) -> Iterable[Entry]:
+def _whole(path: str, tensors: dict[str, np.ndarray], where: BaseModel) -> Iterable[Entry]:
     """Entries that put trained parameters in place of the base's."""
     for leaf, data in tensors.items():
         name, _, rows = leaf.partition("#")
@@ -338,91 +344,3 @@ def _pattern_rows(patterns: Mapping[str, Any], path: str) -> list[bool] | None:
         if _ends(path, short) or _ends(short, path) or fnmatch.fnmatchcase(key, f"*{path}.lora_E*"):
             return [bool(v) for v in value]
     return None
-
-
-class _Model:
-    """Names and layouts of a base model's weights, whatever form it has."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.graph = model if hasattr(model, "weights") and hasattr(model, "nodes") else None
-        self.module = model if hasattr(model, "named_modules") else None
-        if self.graph is not None:
-            source = getattr(self.graph, "source", None)
-            self.module = source if hasattr(source, "named_modules") else getattr(source, "module", None)
-            self.shapes = {a: w.shape for w in self.graph.weights.values() for a in (w.name, *w.aliases)}
-        elif self.module is not None:
-            items = self.module.named_parameters(remove_duplicate=False)
-            self.shapes = {n: tuple(p.shape) for n, p in items}
-        else:
-            self.shapes = {str(n): tuple(p.shape) for n, p in model.items()}
-
-    def name_of(self, name: str) -> str:
-        """The model's name of a parameter; exporters and wrappers add or leave out a first part.
-
-        Raises:
-            ConstraintError: there is none, or several.
-        """
-        if name in self.shapes:
-            return name
-        ends = [n for n in self.shapes if n.endswith("." + name) or name.endswith("." + n)]
-        if len(ends) == 1:
-            return ends[0]
-        close = nearest(name, self.shapes)
-        raise ConstraintError(
-            "the adapter's target is not in this model", node=name, expected="one parameter of this name",
-            found=f"{len(ends)} that end alike", hint=f"did you mean {close!r}?" if close else None,
-        )  # fmt: skip
-
-    def weight_of(self, path: str, fan_in_fan_out: bool | None, *, embedding: bool) -> tuple[str, View]:
-        """(name, layout) of the weight of a layer."""
-        stem = f"{path}." if path else ""
-        names = [stem + leaf for leaf in ("weight", "in_proj_weight")]
-        for name in names:
-            try:
-                target = self.name_of(name)
-                break
-            except ConstraintError:
-                if name == names[-1]:
-                    target = self.name_of(names[0])
-        if embedding:
-            return target, View()
-        return target, self._layout(target, path, fan_in_fan_out)
-
-    def bias_of(self, target: str) -> str | None:
-        """The bias beside a weight, if there is one."""
-        name = target[: -len("weight")] + "bias" if target.endswith("weight") else ""
-        return name if name in self.shapes else None
-
-    def turned(self, target: str, shape: tuple[int, ...]) -> bool:
-        """Whether the model stores a matrix of another layout than the one given."""
-        if self.graph is not None and self.graph.kind == "onnx" and len(shape) == 2:
-            return bool(self._reader_turns(target))
-        return self.shapes[target] != shape and self.shapes[target] == shape[::-1]
-
-    def _layout(self, target: str, path: str, fan_in_fan_out: bool | None) -> View:
-        if self.graph is not None and self.graph.kind in ("onnx", "fx"):
-            node = self._reader(target)
-            if node is not None and node.op == "linear":
-                return View(transposed=bool(node.attrs.get("transposed_weight")))
-            if node is not None and node.op == "conv":
-                return View(bool(node.attrs.get("transposed")), int(node.attrs.get("groups", 1)))
-            return View()
-        if self.module is not None:
-            from .places import stored_weights
-
-            layer = self.module.get_submodule(target.rpartition(".")[0])
-            leaf = target.rpartition(".")[2]
-            found = next((view for weight, _, view in stored_weights(layer) if weight == leaf), None)
-            if found is not None:
-                return found
-        return View(transposed=bool(fan_in_fan_out) and len(self.shapes[target]) == 2)
-
-    def _reader(self, target: str) -> Any:
-        assert self.graph is not None
-        value = self.graph.weight(target).value
-        return next((user for user, _ in value.uses if user.op in ("linear", "conv")), None) if value else None
-
-    def _reader_turns(self, target: str) -> bool:
-        node = self._reader(target)
-        return node is not None and node.op == "linear" and bool(node.attrs.get("transposed_weight"))

@@ -186,8 +186,8 @@ refused(
     "which rows belong to which subspace is clustered anew from the base and is not in the checkpoint", "adamss_",
 )  # fmt: skip
 refused(
-    "FROD", "FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees", "the left factor U is not in the checkpoint",
-    "frod_",
+    "FROD", "FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees",
+    "the left factor U is not in the checkpoint", "frod_",
 )  # fmt: skip
 refused(
     "PSOFT", "Efficient Orthogonal Fine-Tuning with Principal Subspace Adaptation",
