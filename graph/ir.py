@@ -230,7 +230,7 @@ class Graph(abc.ABC):
         after: Node | None = None,
         scope: str = "",
     ) -> Node:
-        """Insert a one-output node of a canonical op right after ``after`` (None: at the start)."""
+        """Insert a node of a canonical op (of one output, or a split) right after ``after`` (None: at the start)."""
 
     @abc.abstractmethod
     def erase(self, node: Node) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .clean.clean_pass import Clean
     from .finetune import FineTune
     from .fold import Fold
+    from .fold.parallel_linears import FuseParallelLinears
     from .lower import Lower
     from .pipeline import Pipeline
     from .prune import Prune
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     finetune: Callable[..., Result]
     fold: Callable[..., Result]
     fold_linear_op: Callable[..., Result]
+    fuse_parallel_linears: Callable[..., Result]
     insert_dynamic_channel_gate: Callable[..., Result]
     insert_linear_op: Callable[..., Result]
     lower: Callable[..., Result]
@@ -62,6 +64,7 @@ __all__ = [
     "FineTune",
     "Fold",
     "FoldLinearOp",
+    "FuseParallelLinears",
     "InsertAdapter",
     "InsertDynamicChannelGate",
     "InsertLinearOp",
@@ -92,6 +95,7 @@ __all__ = [
     "finetune",
     "fold",
     "fold_linear_op",
+    "fuse_parallel_linears",
     "get",
     "identity_loss",
     "insert_adapter",

@@ -11,6 +11,7 @@ from .base import Pass, nearest
 
 BUILTIN: dict[str, tuple[str, str]] = {
     "fold": (".fold", "Fold"),
+    "fuse_parallel_linears": (".fold.parallel_linears", "FuseParallelLinears"),
     "clean": (".clean.clean_pass", "Clean"),
     "prune": (".prune", "Prune"),
     "drop_blocks": (".prune.depth", "DropBlocks"),

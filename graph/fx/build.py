@@ -164,6 +164,11 @@ def _slice(x: list[Any], a: dict[str, Any]) -> Built:
     return aten.slice.Tensor, (x[0], a["axes"][0], a["starts"][0], 2**63 - 1 if end is None else end, step), {}
 
 
+@builds("split")
+def _split(x: list[Any], a: dict[str, Any]) -> Built:
+    return aten.split_with_sizes.default, (x[0], [int(size) for size in a["sizes"]], int(a["axis"])), {}
+
+
 @builds("select")
 def _select(x: list[Any], a: dict[str, Any]) -> Built:
     return aten.select.int, (x[0], int(a["axis"]), int(a["index"])), {}

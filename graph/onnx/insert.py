@@ -31,13 +31,13 @@ class Speller:
         self.opset = opset_of(g)
         self.made: list[ir.Node] = []
 
-    def emit(self, op_type: str, inputs: Operands, **attrs: Any) -> ir.Value:
+    def emit(self, op_type: str, inputs: Operands, results: int = 1, **attrs: Any) -> ir.Value:
         """Append a node; attributes are plain data, None leaves one out."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
-        node = ir.Node("", op_type, list(inputs), [_attr(k, v) for k, v in attrs.items() if v is not None])
-        self.made.append(node)
-        return node.outputs[0]
+        given = [_attr(k, v) for k, v in attrs.items() if v is not None]
+        self.made.append(ir.Node("", op_type, list(inputs), given, num_outputs=results))
+        return self.made[-1].outputs[0]
 
     def const(self, data: Any, dtype: Any) -> ir.Value:
         return new_constant(self.g, f"{self.name}_const", np.asarray(data, dtype))
@@ -95,6 +95,8 @@ def spell(g: ONNXGraph, op: str, inputs: Sequence[Value | None], attrs: dict[str
         last = i == len(s.made) - 1
         node.name = name if last else fresh(g, f"{name}_{node.op_type}")
         node.outputs[0].name = name if last else fresh(g, f"{name}_{node.op_type}_out")
+        for k, further in enumerate(node.outputs[1:], 1):
+            further.name = fresh(g, f"{name}_{k}")
     return s.made
 
 
@@ -211,6 +213,12 @@ def _slice(s: Speller, a: dict[str, Any]) -> None:
     starts = [(0 if st > 0 else far.max) if v is None else v for v, st in zip(a["starts"], steps, strict=True)]
     ends = [(far.max if st > 0 else far.min) if v is None else v for v, st in zip(a["ends"], steps, strict=True)]
     _emit_slice(s, starts, ends, axes, steps)
+
+
+def _split(s: Speller, a: dict[str, Any]) -> None:
+    sizes, listed = [int(v) for v in a["sizes"]], s.opset >= 13
+    operands = [s.operands[0], s.const(sizes, np.int64)] if listed else [s.operands[0]]
+    s.emit("Split", operands, len(sizes), axis=int(a["axis"]), split=None if listed else sizes)
 
 
 def _flip(s: Speller, a: dict[str, Any]) -> None:
@@ -370,6 +378,7 @@ SPELLINGS: dict[str, Spelling] = {
     "tile": lambda s, a: s.emit("Tile", [s.operands[0], s.const(a["repeats"], np.int64)]),
     "concat": lambda s, a: s.emit("Concat", s.operands, axis=int(a["axis"])),
     "slice": _slice,
+    "split": _split,
     "flip": _flip,
     "gather_elements": lambda s, a: s.emit("GatherElements", s.operands, axis=int(a["axis"])),
     "gather": lambda s, a: s.emit("Gather", s.operands, axis=int(a["axis"])),

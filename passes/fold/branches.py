@@ -71,9 +71,9 @@ class MergeBranches(Rule):
         self.grow = grow
 
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
-        if not _is_sum(node) or _inner(node, env):
+        if not is_sum(node) or is_inner(node, env):
             return None
-        leaves, sums = _leaves(node, env)
+        leaves, sums = leaves_of(node, env)
         refusal: Refusal | None = None
         for source, members in _common(leaves):
             found = self._merge(node, source, members, leaves, sums, env)
@@ -176,20 +176,20 @@ class MergeBranches(Rule):
 
 
 # ---- sums --------------------------------------------------------------------------------------------------------
-def _is_sum(node: Node) -> bool:
+def is_sum(node: Node) -> bool:
     """Whether it adds tensors that are all computed at run time, with factors that are numbers."""
     if node.op not in ADDITIONS or not isinstance(node.attrs.get("alpha", 1), (int, float)):
         return False
     return len(node.inputs) > 1 and all(v is not None and not v.is_const for v in node.inputs)
 
 
-def _inner(node: Node, env: Env) -> bool:
+def is_inner(node: Node, env: Env) -> bool:
     """Whether its result is but a term of a larger sum, which is looked at as a whole."""
     users = [user for user, _ in node.output.uses if user.op != "shape_of"]
-    return len(users) == 1 and _is_sum(users[0]) and env.sole_reader(node.output, users[0]) is None
+    return len(users) == 1 and is_sum(users[0]) and env.sole_reader(node.output, users[0]) is None
 
 
-def _leaves(top: Node, env: Env) -> tuple[list[Leaf], list[Node]]:
+def leaves_of(top: Node, env: Env) -> tuple[list[Leaf], list[Node]]:
     """The terms of a sum of sums, and the additions inside it."""
     leaves: list[Leaf] = []
     inside: list[Node] = []
@@ -202,7 +202,7 @@ def _leaves(top: Node, env: Env) -> tuple[list[Leaf], list[Node]]:
                 own *= float(node.attrs.get("alpha", 1)) * (-1.0 if node.op == "sub" else 1.0)
             below = value.producer
             alone = sum(v is value for v in node.inputs) == 1 and env.sole_reader(value, node) is None
-            if below is not None and alone and _is_sum(below):
+            if below is not None and alone and is_sum(below):
                 inside.append(below)
                 visit(below, own)
             else:

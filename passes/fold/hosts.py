@@ -95,3 +95,32 @@ def take_over(graph: Graph, new: Absorbed, form: Form, source: Value, like: Valu
     if node.input(2) is None:  # a plain matrix product has no bias operand: an addition stands behind it now
         return node.output.uses[0][0].output
     return node.output
+
+
+def insert_kernel(graph: Graph, model: Node, source: Value, kernel: Kernel, after: Node | None = None) -> Node:
+    """A new operator of the kind of ``model`` (convolution or linear, its dtype, its scope) that computes ``kernel``.
+
+    It stands right behind ``model``, or behind ``after``. Returns the node whose output holds the result.
+    """
+    held = model.inputs[1]
+    assert held is not None and held.weight is not None
+    stored, form = held.weight, kernel.form
+    dtype = stored.numpy().dtype
+    stem = stored.name.removesuffix("weight")
+    weight, attrs = kernel.weight, dict[str, object]()
+    if model.op == "conv":
+        attrs = {
+            "stride": [axis.stride for axis in form.axes],
+            "padding": [axis.padding for axis in form.axes],
+            "dilation": [axis.step for axis in form.axes],
+            "groups": form.groups,
+        }
+    else:  # torch adds a bias to x of any rank only with [out, in]; an ONNX product of tensors wants [in, out]
+        attrs = {"transposed_weight": graph.kind != "fx"}
+        weight = weight.T if attrs["transposed_weight"] else weight
+    operands = [source, graph.add_weight(f"{stem}wide_weight", weight.astype(dtype), trainable=stored.trainable)]
+    if kernel.bias is not None:
+        operands.append(graph.add_weight(f"{stem}wide_bias", kernel.bias.astype(dtype), trainable=stored.trainable))
+    return graph.insert(
+        model.op, operands, attrs, name=f"{model.name}_wide", after=model if after is None else after, scope=model.scope
+    )

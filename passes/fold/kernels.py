@@ -281,3 +281,14 @@ def through(outer: Kernel, inner: Kernel, sizes: Sequence[int], made: Sequence[i
         moved = outer.weight.reshape(rows, form.outputs, -1).sum(2) @ inner.bias
         bias = moved if bias is None else bias + moved
     return Kernel(Form(weight.shape[1], rows, 1, (), bias is not None), weight, bias)
+
+
+def stacked(kernels: Sequence[tuple[Kernel, float]], axis: int) -> Kernel:
+    """Kernels times factors, stacked along their outputs (0) or, as terms of a sum, along their inputs (1)."""
+    first = kernels[0][0].form
+    weight = np.concatenate([factor * kernel.weight for kernel, factor in kernels], axis=axis)
+    bias: np.ndarray | None = None
+    if any(kernel.bias is not None for kernel, _ in kernels):
+        parts = [factor * (0.0 if k.bias is None else k.bias) + np.zeros(k.form.outputs) for k, factor in kernels]
+        bias = np.concatenate(parts) if axis == 0 else np.sum(parts, axis=0)
+    return Kernel(Form(weight.shape[1], weight.shape[0], 1, first.axes, bias is not None), weight, bias)
