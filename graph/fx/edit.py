@@ -13,7 +13,7 @@ from ..errors import ConstraintError
 from ..ir import Node, Value, Weight
 from .build import build_call
 from .ops import Call, dtype_name, native_name, read, tensor_operands
-from .propagate import meta_of, propagate, sync_baked_sizes
+from .propagate import fixes_a_size, meta_of, propagate, sync_baked_sizes
 from .tensors import from_numpy
 from .view import FXView
 
@@ -241,6 +241,8 @@ class FXEdits(FXView):
         made.meta = {"nn_module_stack": {scope: (scope, "")}} if scope else {}
         try:
             self._check_order(made)
+            if op == "reshape" and None not in (attrs or {})["shape"] and not _is_static(inputs[0]):
+                raise fixes_a_size(made, str(inputs[0] and inputs[0].shape))  # asked of torch, it would fix the size
             made.meta["val"] = propagate(self.mode, made)
         except Exception:
             self.fx.erase_node(made)
@@ -336,6 +338,10 @@ class FXEdits(FXView):
 def _identifier(name: str) -> str:
     clean = "".join(ch if ch.isalnum() or ch == "_" else "_" for ch in name)
     return clean if clean and not clean[0].isdigit() else f"n_{clean}"
+
+
+def _is_static(value: Value | None) -> bool:
+    return value is None or value.shape is None or all(isinstance(d, int) for d in value.shape)
 
 
 def _plain(value: Any) -> Any:

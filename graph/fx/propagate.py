@@ -35,50 +35,28 @@ def propagate(mode: FakeTensorMode | None, node: fx.Node) -> Any:
         return _on_meta(node, args, kwargs)
     level = _FAKE_LOG.level
     _FAKE_LOG.setLevel(logging.CRITICAL)  # torch logs a traceback of what is raised as a ConstraintError here
-    sizes = _Sizes(mode.shape_env)
+    known = {} if mode.shape_env is None else dict(mode.shape_env.replacements)
     try:
         with mode, enable_python_dispatcher(), torch.no_grad():
             found = node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
-        sizes.restore()
         raise _misfit(node, error) from error
     finally:
         _FAKE_LOG.setLevel(level)
-    fixed = sizes.fixed()
-    if fixed:
-        sizes.restore()
-        raise ConstraintError(
-            "the call would work for one size of a symbolic dimension only", node=node.name, found=fixed,
-            expected="any size", hint="leave that size open (None), or load the model with a static batch",
-        )  # fmt: skip
+    now = {} if mode.shape_env is None else mode.shape_env.replacements
+    if len(now) > len(known):  # torch has settled a size, for every graph of this capture
+        fixed = ", ".join(f"{s} = {v}" for s, v in now.items() if s not in known and v.is_number)
+        if fixed:
+            raise fixes_a_size(node, fixed)
     return found
 
 
-class _Sizes:
-    """What is known about the symbolic sizes, which all graphs of one capture share, before a call is evaluated."""
-
-    def __init__(self, env: Any) -> None:
-        self.env = env
-        if env is not None:
-            self.known, self.ranges, self.guards = dict(env.replacements), dict(env.var_to_range), len(env.guards)
-
-    def fixed(self) -> str:
-        """The symbols that the call has turned into numbers since, with them."""
-        if self.env is None or len(self.env.replacements) == len(self.known):
-            return ""
-        new = {s: v for s, v in self.env.replacements.items() if s not in self.known and v.is_number}
-        return ", ".join(f"{s} = {v}" for s, v in new.items())
-
-    def restore(self) -> None:
-        """Forget what a call that is not made has settled."""
-        if self.env is None or len(self.env.replacements) == len(self.known):
-            return
-        for table, old in ((self.env.replacements, self.known), (self.env.var_to_range, self.ranges)):
-            table.clear()
-            table.update(old)
-        del self.env.guards[self.guards :]
-        self.env._update_version_counter()
-        FakeTensorMode.cache_clear()  # or the same call would be answered from there, and settle nothing
+def fixes_a_size(node: fx.Node, what: str) -> ConstraintError:
+    """The error of a call that would be right for one size of a symbolic dimension only."""
+    return ConstraintError(
+        "the call would work for one size of a symbolic dimension only", node=node.name, found=what,
+        expected="any size", hint="leave that size open (None), or load the model with a static batch",
+    )  # fmt: skip
 
 
 def _on_meta(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
