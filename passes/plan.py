@@ -29,6 +29,9 @@ def compose(plans: Iterable[Any], graph: Graph) -> Plan:
     Weights that came into being in between (a folded bias) are in no plan of the model that came in: they are left
     out.
     """
+    plans = list(plans)
+    if len(plans) == 1 and isinstance(plans[0], Plan) and _is_of(plans[0], graph):
+        return plans[0]
     joined: dict[str, dict[int, np.ndarray]] = {}
     for plan in plans:
         for weight, axes in as_data(plan).items():
@@ -43,12 +46,23 @@ def compose(plans: Iterable[Any], graph: Graph) -> Plan:
     return Plan.of(graph, {n: {a: k.tolist() for a, k in axes.items()} for n, axes in joined.items() if n in known})
 
 
+def _is_of(plan: Plan, graph: Graph) -> bool:
+    """Is this plan in terms of ``graph`` already?"""
+    found = [(graph.weights.get(name), shape, plan.names(name)) for name, shape in plan.shapes.items()]
+    return all(
+        w is not None and list(w.shape) == shape and set(names) == {w.name, *w.aliases} for w, shape, names in found
+    )
+
+
 def _names(graph: Graph) -> set[str]:
     return {name for w in graph.weights.values() for name in (w.name, *w.aliases)}
 
 
-def remember(ctx: Context, before: Graph, plan: Plan) -> None:
-    """Leave a selection in ``ctx.reference``: ``before`` is the graph it was made in, as it was."""
+def remember(ctx: Context, before: Graph | None, plan: Plan) -> None:
+    """Leave a selection in ``ctx.reference`` for later passes: ``before`` is the graph it was made in, as it was."""
+    if ctx.last:
+        return
+    assert before is not None
     if ctx.reference is None:
         ctx.reference = Reference(before, plan)
     else:
@@ -70,6 +84,13 @@ def sizes(plan: Any, graph: Graph) -> dict[str, dict[int, tuple[int, int]]]:
     """Per weight and axis: how many indices are kept, and of how many (in ``graph``, before the plan)."""
     if plan is None:
         return {}
+    if isinstance(plan, Plan):
+        known = _names(graph)
+        return {
+            weight: {axis: (len(kept), plan.shapes[weight][axis]) for axis, kept in axes.items()}
+            for weight, axes in plan.weights.items()
+            if weight in known
+        }
     shapes = {name: w.shape for w in graph.weights.values() for name in (w.name, *w.aliases)}
     return {
         weight: {axis: (len(kept), shapes[weight][axis]) for axis, kept in axes.items()}

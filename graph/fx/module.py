@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from .layers import update_layers
 from .modes import trainable_module
 from .partial import culprit, replace_layers
 from .patch import Patch, apply_patches, plan_patches
-from .place import NotExpressible, place
+from .place import NotExpressible, place, simplify
+from .replay import replays
 from .run import interpret
 from .shorten import dead_entries, renamed, shorten
 from .tensors import storage_key
@@ -49,6 +51,8 @@ def write_back(graph: FXView) -> nn.Module:
         reason = str(problem)
     else:
         check = _Check(graph)
+        if graph.mode is None and replays(graph, twin, tensors) or _patched_replays(graph, twin, tensors):
+            return twin
         failure = check(twin)
         if failure is not None and _forget_caches(graph, twin):
             failure = check(twin)
@@ -79,6 +83,17 @@ def write_back(graph: FXView) -> nn.Module:
         return _exported(graph, reason)
     graph.notes.append(f"to_model returned a GraphModule instead of {type(graph.source.module).__name__}: {reason}")
     return trainable_module(graph, tensors, _unused(graph))
+
+
+def _patched_replays(graph: FXView, twin: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
+    """Does ``twin`` make the recorded calls once the sizes that its code holds are patched? Else it stays as it is."""
+    if graph.mode is not None or not (plan := plan_patches(graph, twin)):
+        return False
+    undo = apply_patches([p for group in plan for p in group[0]])
+    if replays(graph, twin, tensors):
+        return True
+    apply_patches(undo)
+    return False
 
 
 def _exported(graph: FXView, reason: str) -> nn.Module:
@@ -202,6 +217,7 @@ def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
     added = [n for n in graph.weights if n not in graph.originals]
     for name in added:
         place(graph, twin, name, tensors[name])
+    simplify(graph, twin)
     _remove_layers(graph, twin)
     update_layers(graph, twin)
     return twin
@@ -258,18 +274,30 @@ class _Check:
 
     def __init__(self, graph: FXView) -> None:
         self.graph = graph
-        generator = torch.Generator().manual_seed(0)
-        args, kwargs = graph.source.args, graph.source.kwargs
-        self.call = pytree.tree_map_only(torch.Tensor, lambda t: _lively(t, generator), _small(graph, args, kwargs))
-        self.random = _randomized(graph, generator)
+        self.generator = torch.Generator().manual_seed(0)
         self.moved: dict[str, str] = {}
-        self.effects = any(has_effect(n) for n in graph.fx.nodes)
-        inputs = graph.bind_tensors(self.call)
-        self.expected, _ = interpret(graph, inputs, (), False, self.random)
+        self.error: Exception | None = None
+
+    @cached_property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example call, constant inputs made random."""
+        small = _small(self.graph, self.graph.source.args, self.graph.source.kwargs)
+        call: Any = pytree.tree_map_only(torch.Tensor, lambda t: _lively(t, self.generator), small)
+        return call  # type: ignore[no-any-return]
+
+    @cached_property
+    def random(self) -> dict[str, torch.Tensor]:
+        """Weights to run with instead of those that hold one value only."""
+        return _randomized(self.graph, self.generator)
+
+    @cached_property
+    def expected(self) -> list[torch.Tensor]:
+        """What the graph gives for them."""
+        return interpret(self.graph, self.graph.bind_tensors(self.call), (), False, self.random)[0]
 
     def __call__(self, module: nn.Module) -> str | None:
         """None if the module agrees with the graph, else why not (``self.error`` holds what it raised)."""
-        self.error: Exception | None = None
+        self.error = None
         flags = [(m, m.training) for m in module.modules()]
         state: dict[str, torch.Tensor] = {}
         for name, tensor in self.random.items():
@@ -278,7 +306,7 @@ class _Check:
         names = {n for n, _ in module.named_parameters(remove_duplicate=False)}
         names |= {n for n, _ in module.named_buffers(remove_duplicate=False)}
         state = {k: v for k, v in state.items() if k in names}
-        if self.effects:  # the forward writes buffers: let it write copies
+        if any(has_effect(n) for n in self.graph.fx.nodes):  # the forward writes buffers: let it write copies
             state = {n: b.clone() for n, b in module.named_buffers()} | state
         for m, _ in flags:
             m.training = False

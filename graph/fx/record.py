@@ -7,7 +7,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from threading import get_ident
 from types import FrameType
@@ -28,9 +28,9 @@ from .trace import Capture, copied_with, module_tensors
 
 aten = torch.ops.aten
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
-_NODE = "_foldline_node"
+NODE = "_foldline_node"
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
-_PRE_DISPATCH_SET = torch._C.DispatchKeySet(_PRE_DISPATCH)
+PRE_DISPATCH_SET = torch._C.DispatchKeySet(_PRE_DISPATCH)
 
 
 class CannotRecord(Exception):
@@ -51,7 +51,7 @@ class Recorded:
         self.submodules: dict[str, nn.Module] = {}
         self.mode = None
         flat, self.in_spec = pytree.tree_flatten((found.args, found.kwargs))
-        tape = _Tape(found.module, self.tensors)
+        tape = Tape(found.module, self.tensors)
         args, kwargs = pytree.tree_unflatten(tape.inputs(flat, _leaf_names(found)), self.in_spec)
         try:
             result = tape.play(args, kwargs)
@@ -83,11 +83,14 @@ def _leaf_names(found: Capture) -> list[str]:
     return out
 
 
-class _Tape(SchemaCheckMode):
+class Tape(SchemaCheckMode):
     """Records every call that reaches the dispatcher before autograd and decompositions, as torch.export sees it.
 
     It takes the one mode slot at that level that is free for outsiders. Each tensor carries the fx node that made it.
     """
+
+    compiling = True
+    """Models ask torch.compiler whether they are traced: the answer is that of torch.export."""
 
     def __init__(self, module: nn.Module, tensors: dict[str, tuple[torch.Tensor, str]]) -> None:
         super().__init__()
@@ -101,9 +104,11 @@ class _Tape(SchemaCheckMode):
         self.first: fx.Node | None = None
         self.fresh: dict[int, tuple[fx.Node, torch.Tensor]] = {}
         self.answered: list[Any] = []
-        self.twin = self._on_meta(module)
+        self.keep: list[torch.Tensor] = []
+        self.twin = self._stand_in(module)
 
-    def _on_meta(self, module: nn.Module) -> nn.Module:
+    def _stand_in(self, module: nn.Module) -> nn.Module:
+        """What is called: a copy of the module on meta tensors."""
         names = {id(t): (n, "parameter") for n, t in reversed(list(module.named_parameters()))}
         names |= {id(t): (n, "buffer") for n, t in module.named_buffers()}
         replace: dict[int, torch.Tensor] = {}
@@ -112,9 +117,7 @@ class _Tape(SchemaCheckMode):
             where = (*storage_key(t), t.dtype) if t.numel() else (key,)
             meta = same.get(where)
             if meta is None or isinstance(t, nn.Parameter) != isinstance(meta, nn.Parameter):
-                meta = (
-                    t.detach() if t.is_meta else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-                )
+                meta = t.detach() if t.is_meta else meta_like(t)
                 meta = nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
                 same[where] = meta
                 name, kind = names.get(key, (f"constant_{len(self.weights)}", "constant"))
@@ -148,11 +151,17 @@ class _Tape(SchemaCheckMode):
         for leaf, name in zip(flat, names, strict=True):
             node = self.graph.placeholder(name)
             if isinstance(leaf, torch.Tensor):
-                leaf = _meta(leaf)
-                setattr(leaf, _NODE, node)
-            node.meta["val"] = leaf
+                leaf = self._given(leaf, node)
+            else:
+                node.meta["val"] = leaf
             out.append(leaf)
         return out
+
+    def _given(self, leaf: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        """What the call gets for a tensor of the example."""
+        stand_in = node.meta["val"] = meta_like(leaf)
+        setattr(stand_in, NODE, node)
+        return stand_in
 
     def play(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The recorded call."""
@@ -161,7 +170,7 @@ class _Tape(SchemaCheckMode):
 
     def held(self, tensor: torch.Tensor) -> fx.Node:
         """The node that made a tensor; weights and constants get theirs on first use."""
-        node = getattr(tensor, _NODE, None)
+        node = getattr(tensor, NODE, None)
         if node is not None and node.graph is self.graph:
             return node
         known = self.weights.get(id(tensor))
@@ -195,7 +204,7 @@ class _Tape(SchemaCheckMode):
         return self.call(func, args, kwargs or {})
 
     def _answer_directly(self, func: Any) -> None:
-        """Let the dispatcher hand further calls of this op straight to this tape (torch looks them up anew each time)."""
+        """Let the dispatcher hand further calls of this op straight to this tape (torch looks them up anew)."""
         thread = get_ident()
 
         def handler(*args: Any, **kwargs: Any) -> Any:
@@ -221,7 +230,7 @@ class _Tape(SchemaCheckMode):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise CannotRecord("an autocast region")
         given = self._arguments(args), self._arguments(kwargs) if kwargs else {}
-        with torch._C._ExcludeDispatchKeyGuard(_PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
+        with torch._C._ExcludeDispatchKeyGuard(PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
             out = shortcut(func, args, kwargs)
             if out is None:
                 out = func(*args, **kwargs)
@@ -231,15 +240,15 @@ class _Tape(SchemaCheckMode):
             raise CannotRecord(f"{func} gave {type(out).__name__}: tensor data in Python")
         node = self.graph.create_node("call_function", func, *given, name=_plain_name(func))
         self.first = self.first or node
-        node.meta = {"val": _described(out), "nn_module_stack": self._stack(), "line": _user_frame()}
+        node.meta = {"val": _described(out), **self._origin()}
         if isinstance(out, torch.Tensor):
-            setattr(out, _NODE, node)
-            if not node.all_input_nodes or func in _MAKERS:
+            setattr(out, NODE, node)
+            if not node.all_input_nodes or func in MAKERS:
                 self.fresh[out.untyped_storage()._cdata] = (node, out)
         else:
             for i, part in enumerate(out):
                 if isinstance(part, torch.Tensor):
-                    setattr(part, _NODE, _item(self.graph, node, i, part))
+                    setattr(part, NODE, _item(self.graph, node, i, part))
         return out
 
     def _arguments(self, item: Any) -> Any:
@@ -257,6 +266,9 @@ class _Tape(SchemaCheckMode):
             return self.device
         return item
 
+    def _origin(self) -> dict[str, Any]:
+        return {"nn_module_stack": self._stack(), "line": _user_frame()}
+
     def _stack(self) -> dict[str, tuple[str, str]]:
         name, kind = self.path[-1]
         found = self.stacks.get(name)
@@ -270,7 +282,7 @@ _RESHAPING_IN_PLACE = {
     for name in "t_ transpose_ unsqueeze_ squeeze_ resize_ resize_as_ as_strided_ set_ swapaxes_ swapdims_".split()
     for overload in getattr(aten, name).overloads()
 }
-_MAKERS = {
+MAKERS = {
     getattr(getattr(aten, name), overload)
     for name in "full_like zeros_like ones_like empty_like rand_like new_full new_zeros new_ones new_empty".split()
     for overload in getattr(aten, name).overloads()
@@ -279,7 +291,7 @@ _MAKERS = {
 _SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
 
 
-def _meta(t: torch.Tensor) -> torch.Tensor:
+def meta_like(t: torch.Tensor) -> torch.Tensor:
     """A new meta tensor of the same shape, strides and dtype."""
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
@@ -305,7 +317,7 @@ def _described(out: Any) -> Any:
 
 def _user_frame() -> tuple[str, int, str] | None:
     """(file, line, function) of the innermost frame outside torch and this package."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(3)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_TORCH_DIR, _HERE)):
@@ -318,9 +330,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 @contextmanager
-def _recording(tape: _Tape) -> Iterator[None]:
-    # models ask torch.compiler whether they are traced: the answer must be that of torch.export
-    with _compiling_state_context(), torch._C._EnablePythonDispatcher():
+def _recording(tape: Tape) -> Iterator[None]:
+    with _compiling_state_context() if tape.compiling else nullcontext(), torch._C._EnablePythonDispatcher():
         _set_mode_pre_dispatch(tape)
         try:
             yield

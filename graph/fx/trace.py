@@ -8,7 +8,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from types import FunctionType
 from typing import Any
 
@@ -44,6 +44,12 @@ class Capture:
     training: dict[str, bool] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def unsaved(self) -> frozenset[str]:
+        """Names of the buffers that the module's state dict leaves out."""
+        modules = [] if self.module is None else self.module.named_modules(remove_duplicate=False)
+        return frozenset(f"{path}.{n}".lstrip(".") for path, m in modules for n in m._non_persistent_buffers_set)
 
 
 def normalize_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

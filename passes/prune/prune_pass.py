@@ -96,6 +96,9 @@ class Prune(Pass):
     stages: int = Field(1, ge=1)
     """Scope "layerwise": 1 measures around the whole network only; more go to the target over that many milder
     selections and measure anew around each, which takes as many times longer and pays where much is cut."""
+    repair: bool = False
+    """Scope "layerwise": distortions are measured after the correction that ``Recover(data="moments")`` makes, for
+    selections that a Recover follows; it pays most where the inputs are made up."""
     solver: Literal["dp", "milp"] = "dp"
     """How scope "layerwise" allocates: dynamic programming, or an exact integer program."""
     backend: str = "onnxruntime"
@@ -151,7 +154,7 @@ class Prune(Pass):
             )
         kind_of = kinds(groups)
         oracle = identity_check(groups, cut, ctx.seed) if ctx.verify else None
-        before = graph.clone() if separated or ctx.untouched is None else ctx.untouched
+        before = graph.clone() if not ctx.last and (separated or ctx.untouched is None) else ctx.untouched
         plan = select(groups, cut)
         remember(ctx, before, plan)
         if oracle is not None:

@@ -72,7 +72,7 @@ class Select(Pass):
         details: dict[str, Any] = {}
         kind_of = kinds(groups)
         oracle = identity_check(groups, kept, ctx.seed) if ctx.verify else None
-        before = graph.clone()
+        before = None if ctx.last else graph.clone()
         plan = apply_kept(groups, kept)
         remember(ctx, before, plan)
         if oracle is not None:
