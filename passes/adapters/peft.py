@@ -19,7 +19,6 @@ from .adapter import Adapter, Entry
 from .kinds import NotFoldable
 from .peft_base import BaseModel
 from .peft_kinds import METHODS, PREFIX, Method, peft_kind
-from .view import View
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 ROOTS = ("base_model.model.", "base_model.", "model.")
@@ -119,7 +118,7 @@ class PeftCheckpoint:
         options |= self._options(site)
         needed = {n: v for n, v in self.shared.items() if self._shares(n, site)}
         tensors = {**needed, **site.tensors}
-        bias = where.bias_of(target)
+        bias = where.bias_of(target, site.path)
         if bias is None and "lora_B.bias" in tensors:
             raise ConstraintError("the adapter has a bias and the layer has none", node=target)
         kind = self.method.kind.name
@@ -308,15 +307,13 @@ def _whole(path: str, tensors: dict[str, np.ndarray], where: BaseModel) -> Itera
     """Entries that put trained parameters in place of the base's."""
     for leaf, data in tensors.items():
         name, _, rows = leaf.partition("#")
-        prefix = f"{path}." if path else ""
         if rows:
             target, _ = where.weight_of(path, None, embedding=True)
             listed = [int(i) for i in rows.split(",")]
             yield Entry(target, PREFIX + "trainable_tokens", {"trainable_tokens_delta": data}, {"tokens": listed})
             continue
-        target = where.name_of(prefix + name)
-        turned = View(transposed=True) if where.turned(target, data.shape) else View()
-        yield Entry(target, PREFIX + "replace", {"weight": data}, {}, turned)
+        target, view = where.whole(path, name, data.shape)
+        yield Entry(target, PREFIX + "replace", {"weight": data}, {}, view)
 
 
 def _ends(path: str, key: str) -> bool:

@@ -50,6 +50,8 @@ class BaseModel:
     def weight_of(self, path: str, fan_in_fan_out: bool | None, *, embedding: bool) -> tuple[str, View]:
         """(name, layout) of the weight of a layer."""
         stem = f"{path}." if path else ""
+        if (found := self._by_scope(path)) is not None:
+            return found
         names = [stem + leaf for leaf in ("weight", "in_proj_weight")]
         for name in names:
             try:
@@ -62,10 +64,36 @@ class BaseModel:
             return target, View()
         return target, self._layout(target, path, fan_in_fan_out)
 
-    def bias_of(self, target: str) -> str | None:
-        """The bias beside a weight, if there is one."""
-        name = target[: -len("weight")] + "bias" if target.endswith("weight") else ""
-        return name if name in self.shapes else None
+    def _by_scope(self, path: str) -> tuple[str, View] | None:
+        """The weight that the layer's own operator reads, where an exporter has transposed and renamed it."""
+        if self.graph is None or f"{path}.weight" in self.shapes:
+            return None
+        nodes = [n for n in self.graph.nodes if n.op in ("linear", "conv") and n.scope and n.scope == path]
+        weights = {n.inputs[1].weight.name for n in nodes if n.inputs[1] is not None and n.inputs[1].weight is not None}
+        if len(weights) != 1:
+            return None
+        target = weights.pop()
+        return target, self._layout(target, path, None)
+
+    def bias_of(self, target: str, path: str) -> str | None:
+        """The bias of the layer whose weight is ``target``, if it has one."""
+        stem = f"{path}." if path else ""
+        beside = target[: -len("weight")] + "bias" if target.endswith("weight") else ""
+        for name in (beside, stem + "bias"):
+            if name in self.shapes:
+                return name
+        node = self._reader(target) if self.graph is not None and self.graph.kind != "weights" else None
+        if node is None:
+            return None
+        held = [node.input(2), *(v for user, _ in node.output.uses if user.op == "add" for v in user.inputs)]
+        found = [v.weight.name for v in held if v is not None and v.weight is not None and v.rank == 1]
+        return found[0] if found and (node.input(2) is not None or len(node.output.uses) == 1) else None
+
+    def whole(self, path: str, leaf: str, shape: tuple[int, ...]) -> tuple[str, View]:
+        """(name, layout) of a parameter that is replaced by one of this shape."""
+        found = self._by_scope(path) if leaf == "weight" else None
+        target = found[0] if found is not None else self.name_of(f"{path}.{leaf}" if path else leaf)
+        return target, View(transposed=self.turned(target, shape))
 
     def turned(self, target: str, shape: tuple[int, ...]) -> bool:
         """Whether the model stores a matrix of another layout than the one given."""
