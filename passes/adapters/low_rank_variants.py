@@ -114,17 +114,20 @@ CONCEPTS = register(
 
 # ---- linear combinations of random bases (NOLA) ---------------------------------------------------------------------
 def uniform_stream(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers in (-1, 1) from Philox's raw 64-bit words: the same bits in every process, thread and numpy version."""
+    """Numbers in [-1, 1) from Philox's raw 64-bit words: the same bits in every process, thread and numpy version.
+
+    They are multiples of 2^-23, so that float32 holds them exactly.
+    """
     words = np.random.Philox(key=np.uint64(seed)).random_raw(int(np.prod(shape)))
-    return ((words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0).reshape(shape)
+    return ((words >> np.uint64(40)).astype(np.float64) * 2.0**-23 - 1.0).reshape(shape)
 
 
 def _nola_bases(g: Geometry, o: Options) -> dict[str, np.ndarray]:
     r, k, seed = int(o["rank"]), int(o["bases"]), int(o["seed"])
-    bound = np.sqrt(3 / g.columns)
-    a = uniform_stream(2 * seed, (k, r, g.columns)) * bound
-    b = uniform_stream(2 * seed + 1, (k, g.out, r)) * np.sqrt(3 / r)
-    return {"bases_A": a, "bases_B": b}
+    return {
+        "bases_A": uniform_stream(2 * seed, (k, r, g.columns)),
+        "bases_B": uniform_stream(2 * seed + 1, (k, g.out, r)),
+    }
 
 
 def _nola_start(start: Start) -> dict[str, np.ndarray]:
@@ -133,10 +136,10 @@ def _nola_start(start: Start) -> dict[str, np.ndarray]:
 
 
 def _nola(t: Tensors, g: Geometry, o: Options) -> Array:
-    """s (sum_j b_j B_j) (sum_i a_i A_i)."""
+    """s (sum_j b_j B_j) (sum_i a_i A_i), the bases of unit variance over sqrt(columns) and sqrt(rank)."""
     module = xp(t["a"])
     b, a = module.einsum("k,kor->or", t["b"], t["bases_B"]), module.einsum("k,kri->ri", t["a"], t["bases_A"])
-    return o["scale"] * (b @ a)
+    return o["scale"] * 3 / (g.columns * int(o["rank"])) ** 0.5 * (b @ a)
 
 
 NOLA = register(

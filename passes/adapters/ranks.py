@@ -31,16 +31,27 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 
 def _resize(adapter: WeightAdapter, name: str, change: Any, optimizer: torch.optim.Optimizer | None) -> None:
-    """Apply ``change(tensor, is_state)`` to one tensor and to the optimizer's state of it; the object stays."""
-    tensor = adapter.tensors()[name]
-    old = tuple(tensor.shape)
-    with torch.no_grad():
-        if optimizer is not None and tensor in optimizer.state:
-            for key, value in optimizer.state[tensor].items():
-                if isinstance(value, torch.Tensor) and tuple(value.shape) == old and value.ndim:
-                    optimizer.state[tensor][key] = change(value, True)
-        tensor.data = change(tensor.data, False)
-        tensor.grad = None
+    """Apply ``change(tensor, is_state)`` to one tensor and to the optimizer's state of it.
+
+    The parameter becomes a new object: graphs that autograd still holds keep the old one, with its shape.
+    """
+    old = adapter.tensors()[name]
+    data = change(old.detach(), False)
+    if not isinstance(old, nn.Parameter):
+        adapter._buffers[name] = data
+        return
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    adapter._parameters[name] = new
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        state = optimizer.state.pop(old)
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape == old.shape:
+                state[key] = change(value, True)
+        optimizer.state[new] = state
 
 
 def keep_ranks(
@@ -50,7 +61,7 @@ def keep_ranks(
 
     Args:
         kept: adapter path -> indices.
-        optimizer: its state is cut in the same way.
+        optimizer: its state is cut in the same way, and it goes on with the new parameters.
 
     Returns:
         The ranks that are left, by adapter path.
@@ -65,7 +76,7 @@ def keep_ranks(
                 if full in adapter.tensors():
                     _resize(adapter, full, _selected(axis, index), optimizer)
         if not len(index):
-            _remove(model, adapter)
+            _remove(model, adapter, optimizer)
     return ranks(model)
 
 
@@ -73,11 +84,14 @@ def _selected(axis: int, index: torch.Tensor) -> Any:
     return lambda t, is_state: t.index_select(axis, index.to(t.device))
 
 
-def _remove(model: nn.Module, adapter: WeightAdapter) -> None:
+def _remove(model: nn.Module, adapter: WeightAdapter, optimizer: torch.optim.Optimizer | None) -> None:
     for _, layer, adapted in list(adapted_layers(model)):
         for key in [k for k in adapted if layer._modules.get(k) is adapter]:
             del layer.__dict__[ADAPTED][key], layer._modules[key]
             reclass(layer)
+    gone = {id(p) for p in adapter.parameters()}
+    for group in optimizer.param_groups if optimizer is not None else ():
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 def compact_rank(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
@@ -101,7 +115,8 @@ def grow_rank(
 
     Args:
         extra: adapter path -> how many ranks more.
-        optimizer: its state is extended with zeros; what it knows of the old ranks stays.
+        optimizer: its state is extended with zeros; what it knows of the old ranks stays. It goes on with the new
+            parameter objects.
 
     Returns:
         The ranks afterwards, by adapter path.
