@@ -110,10 +110,9 @@ def _move_output(g: ONNXGraph, old: Value, new: Value) -> None:
     parked = fresh(g, f"{name}_before")
     source.name = old.name = parked  # before the view is read again: no two values of one name
     target.name = name
-    if target.shape is None:
-        target.shape = source.shape
-    if target.type is None:
-        target.type = source.type
+    target.shape = source.shape if source.shape is not None else target.shape  # what the file declares of its output
+    target.type = source.type if source.type is not None else target.type
+    target.doc_string = source.doc_string
     if not free:
         g.resync()
     for value in (old, new):
@@ -143,14 +142,13 @@ def insert(
 ) -> Node:
     made = onnx_insert.spell(g, op, inputs, attrs, fresh(g, name))
     graph = g.model.graph
-    index = 0 if after is None else g.nodes.index(after) + 1
     if after is not None:
         graph.insert_after(after.native, made)
     elif len(graph):
         graph.insert_before(graph[0], made)
     else:
         graph.extend(made)
-    return adopt(g, made, index, scope)
+    return adopt(g, made, scope)
 
 
 def erase(g: ONNXGraph, node: Node) -> None:
@@ -172,10 +170,10 @@ def erase(g: ONNXGraph, node: Node) -> None:
             for i in range(len(inner.inputs)):
                 inner.replace_input_with(i, None)
     g.model.graph.remove(native, safe=True)
-    g.nodes.remove(node)
-    for held in node.inputs:
+    g.reorder()
+    for i, held in enumerate(node.inputs):
         if held is not None:
-            held.uses = [u for u in held.uses if u[0] is not node]
+            held.uses.discard((node, i))
     for value in native.outputs:
         g.values.pop(value.name or "", None)
         g.view.pop(value, None)

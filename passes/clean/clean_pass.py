@@ -9,6 +9,7 @@ from ..base import Context, Contract, Needs, Outcome, Pass
 from ..rewrite import Env, rewrite
 from ..rewrite.choice import chosen
 from . import CLEAN_RULES
+from .whole import but_whole, tidy_after, tidy_before
 
 
 class Clean(Pass):
@@ -33,7 +34,7 @@ class Clean(Pass):
 
     def prepare(self, ctx: Context) -> None:
         """Every name in ``rules`` and ``disable`` must be a rule's."""
-        chosen(CLEAN_RULES, self.rules, self.disable, self.name)
+        chosen(CLEAN_RULES, self.rules, but_whole(self.disable), self.name)
 
     def verified(self) -> bool:
         """Not under ``verify="off"``."""
@@ -41,8 +42,12 @@ class Clean(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Run the clean-up rules to their fixed point."""
-        rules = chosen(CLEAN_RULES, self.rules, self.disable, self.name)
+        rules = chosen(CLEAN_RULES, self.rules, but_whole(self.disable), self.name)
+        whole = self.rules is None
+        before = tidy_before(graph, self.disable) if whole else []
         log = rewrite(graph, rules, Env(graph, ctx, windows=self.verify == "window"))
-        if log.applied:
+        after = tidy_after(graph, self.disable) if whole else []
+        if log.applied or before or after:
             graph.refresh()
-        return Outcome(decisions=log.decisions, details={"rewritten": len(log.applied), "refused": len(log.refused)})
+        details = {"rewritten": len(log.applied) + len(before) + len(after), "refused": len(log.refused)}
+        return Outcome(decisions=[*before, *log.decisions, *after], details=details)

@@ -71,6 +71,10 @@ def same_type(a: Value, b: Value) -> bool:
     return bool(a.dtype) and a.dtype == b.dtype and a.rank is not None and a.rank == b.rank
 
 
-def known(items: Any) -> bool:
-    """Whether a list attribute is there and holds no run-time entry."""
-    return items is not None and all(i is not None for i in items)
+def opset(graph: Graph) -> int:
+    """Version of the standard operators of an ONNX model; a high number for other graphs."""
+    model: Any = getattr(graph, "model", None)
+    if graph.kind != "onnx" or model is None:
+        return 1 << 16
+    imports = model.graph.opset_imports
+    return int(imports.get("", 0) or imports.get("ai.onnx", 0))

@@ -33,8 +33,8 @@ class ConstantFolding(Rule):
     Refuses: growth: what the result adds to the file beyond what the operands free may be ``free`` bytes a tensor and
     ``budget`` bytes a model (a 184-byte model stays one; a Reshape of a weight is free); tensors beyond 64 MiB. A
     quantize or dequantize of a weight stays, for it is the weight's format. Arithmetic in half precision stays, for
-    runtimes keep more digits between its nodes than are stored (the rules of fold compute it in float64, once). On an nn.Module only graphs without a
-    class to return to are folded.
+    runtimes keep more digits between its nodes than are stored (the rules of fold compute it in float64, once). On
+    an nn.Module only graphs without a class to return to are folded.
     """
 
     name: ClassVar[str] = "constant_folding"

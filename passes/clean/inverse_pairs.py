@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ...graph.ir import Graph, Node, Value
 from ..rewrite import Env, Refusal, Rewrite, Rule, Why
-from .common import FLOATS, INTEGERS, same_type, stands_for, static
+from .common import FLOATS, INTEGERS, opset, same_type, stands_for, static
 
 RESHAPING = ("reshape", "squeeze", "unsqueeze")
 
@@ -24,8 +24,12 @@ def rewired(node: Node, x: Value, reason: str, window: Sequence[Node], **attrs: 
     return Rewrite([node, *window], apply, "merged", reason)
 
 
-def replaced(node: Node, op: str, x: Value, attrs: dict[str, Any], reason: str, window: Sequence[Node]) -> Rewrite:
+def replaced(
+    node: Node, op: str, x: Value, attrs: dict[str, Any], reason: str, window: Sequence[Node], env: Env
+) -> Rewrite | Refusal:
     """Put a new node of ``op`` over ``x`` in the place of ``node``."""
+    if id(node.output) in env.captured:
+        return Refusal(f"{node.output.name} is read by a subgraph", why=Why.CAPTURED)
 
     def apply(graph: Graph) -> Sequence[Node]:
         made = graph.insert(op, [x], attrs, name=f"{node.name}_merged", after=node, scope=node.scope)
@@ -87,9 +91,11 @@ class ReshapePair(Rule):
                 return stands_for(node, x, env, f"{first.op} and {node.op} cancel", [first])
             return None
         shape = [d if isinstance(d, int) else None for d in made.shape]
+        if opset(env.graph) < 5:  # the shape was an attribute
+            return None
         if shape.count(None) > 1 or 0 in shape or (x.shape is not None and 0 in x.shape) or x.is_const:
             return None
-        return replaced(node, "reshape", x, {"shape": shape}, "a reshape of a reshape", [first])
+        return replaced(node, "reshape", x, {"shape": shape}, "a reshape of a reshape", [first], env)
 
 
 def _squeezes_ones(node: Node, first: Node) -> bool:
@@ -168,7 +174,7 @@ class SlicePair(Rule):
         inner, outer = first.attrs, node.attrs
         if inner["axes"] != outer["axes"] or len(set(inner["axes"])) != len(inner["axes"]):
             return None
-        if first.inputs[0].is_const:
+        if first.inputs[0].is_const or opset(env.graph) < 10:  # the bounds were attributes
             return None
         starts: list[int] = []
         ends: list[int | None] = []
@@ -180,7 +186,7 @@ class SlicePair(Rule):
         attrs = {"axes": list(outer["axes"]), "starts": starts, "ends": ends, "steps": [1] * len(starts)}
         if env.graph.kind == "fx":
             return rewired(node, first.inputs[0], "a slice of a slice", [first], starts=starts, ends=ends)
-        return replaced(node, "slice", first.inputs[0], attrs, "a slice of a slice", [first])
+        return replaced(node, "slice", first.inputs[0], attrs, "a slice of a slice", [first], env)
 
 
 def _bounds(attrs: dict[str, Any]) -> list[tuple[Any, Any, Any]]:
@@ -200,13 +206,16 @@ class PadPair(Rule):
 
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
         first = _before(node, ("pad",))
-        if first is None or first.inputs[0] is None or first.inputs[0].is_const:
+        if first is None or first.inputs[0] is None or first.inputs[0].is_const or opset(env.graph) < 11:
             return None
         if not (plain_pad(first) and plain_pad(node)) or first.attrs["value"] != node.attrs["value"]:
             return Refusal("modes, values or amounts that do not add up", first.name, Why.OTHER)
         both = zip(first.attrs["pads"], node.attrs["pads"], strict=True)
         pads = [(a + c, b + d) for (a, b), (c, d) in both]
-        return rewired(node, first.inputs[0], "a pad of a pad", [first], pads=pads)
+        if env.graph.kind == "fx":
+            return rewired(node, first.inputs[0], "a pad of a pad", [first], pads=pads)
+        attrs = {"pads": pads, "mode": "constant", "value": node.attrs["value"]}
+        return replaced(node, "pad", first.inputs[0], attrs, "a pad of a pad", [first], env)
 
 
 def plain_pad(node: Node) -> bool:
@@ -282,8 +291,31 @@ def _before(node: Node, ops: Sequence[str]) -> Node | None:
     return first if first is not None and first.op in ops else None
 
 
+class SizeOfReshape(Rule):
+    """Write a reshape whose target is computed at run time as one by a constant target (ONNX).
+
+    Identity: ``reshape(x, [a, n, b]) = reshape(x, [a, -1, b])`` where a and b are known and n is whatever is left.
+    Conditions: of the target exactly one size depends on the input, the others are known and not 0.
+    Refuses: two such sizes. The nodes that computed the target go if nothing else reads them.
+    """
+
+    name: ClassVar[str] = "size_of_reshape"
+    ops: ClassVar[tuple[str, ...]] = ("reshape",)
+
+    def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
+        shape, x = node.attrs.get("shape"), node.inputs[0]
+        if not node.dynamic or shape is None or x is None or env.graph.kind != "onnx" or opset(env.graph) < 5:
+            return None
+        if shape.count(None) != 1 or 0 in shape or x.shape is None or 0 in x.shape:
+            return Refusal("more than one size of the target depends on the input", why=Why.SHAPE)
+        return replaced(
+            node, "reshape", x, {"shape": list(shape)}, "its one open size follows from the others", [], env
+        )
+
+
 PAIR_RULES: list[Rule] = [
-    TransposePair(), ReshapePair(), CastPair(), SlicePair(), PadPair(), ConcatOfSplit(), SplitOfConcat()
+    TransposePair(), ReshapePair(), CastPair(), SlicePair(), PadPair(), ConcatOfSplit(), SplitOfConcat(),
+    SizeOfReshape(),
 ]  # fmt: skip
 
 __all__ = ["PAIR_RULES", "lossless", "plain_pad"]

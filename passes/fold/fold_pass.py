@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass
 from ..clean import CLEAN_RULES
+from ..clean.whole import but_whole, tidy_after, tidy_before
 from ..rewrite import Env, Rule, rewrite
 from ..rewrite.choice import chosen
 from .affine_rules import AFFINE_RULES
@@ -43,7 +44,7 @@ class Fold(Pass):
 
     def prepare(self, ctx: Context) -> None:
         """Every name in ``rules`` and ``disable`` must be a rule's."""
-        chosen(self._all_rules(), self.rules, self.disable, self.name)
+        chosen(self._all_rules(), self.rules, but_whole(self.disable), self.name)
 
     def verified(self) -> bool:
         """Not under ``verify="off"``."""
@@ -54,12 +55,16 @@ class Fold(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Fold what can be folded, to a fixed point; the graph's function stays the same to float tolerance."""
-        rules = chosen(self._all_rules(), self.rules, self.disable, self.name)
+        rules = chosen(self._all_rules(), self.rules, but_whole(self.disable), self.name)
+        whole = self.clean and self.rules is None
+        before = tidy_before(graph, self.disable) if whole else []
         log = rewrite(graph, rules, Env(graph, ctx, windows=self.verify == "window"))
-        if log.applied:
+        after = tidy_after(graph, self.disable) if whole else []
+        if log.applied or before or after:
             graph.refresh()
-        counts = {name: sum(d.action == name for d in log.decisions) for name in ("folded", "refused", "stored")}
-        return Outcome(decisions=log.decisions, details={**counts, "rewrites": len(log.applied)})
+        decisions = [*before, *log.decisions, *after]
+        counts = {name: sum(d.action == name for d in decisions) for name in ("folded", "refused", "stored")}
+        return Outcome(decisions=decisions, details={**counts, "rewrites": len(log.applied) + len(before) + len(after)})
 
 
 def fold_rules() -> list[Rule]:
