@@ -15,11 +15,12 @@ from foldline.passes.base import Context
 from foldline.passes.fold import kernels
 from foldline.passes.fold.branches import MergeBranches
 from foldline.passes.fold.linear_rules import MergeChain, MergeFlattened
-from foldline.passes.rewrite import Env, Log, rewrite
+from foldline.passes.rewrite import Env, Log, Why, rewrite
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.frontends import exported
 from support.linear_nets import CHANNELS, SIZE, Layer, Sum, as_onnx, conv, norm, per_channel
+from support.timm_models import create
 from support.toys_base import fill
 from torch import Tensor, nn
 
@@ -27,9 +28,11 @@ RTOL = 1e-5
 FRONT_ENDS = ("fx", "onnx")
 
 
-def merge(graph: Graph, grow: bool = False) -> tuple[Graph, Log]:
+def merge(graph: Graph, grow: bool = False, windows: bool = False) -> tuple[Graph, Log]:
     after = graph.clone()
-    log = rewrite(after, [MergeBranches(grow), MergeChain(grow), MergeFlattened(grow)], Env(after, Context()))
+    rules = [MergeBranches(grow), MergeChain(grow), MergeFlattened(grow)]
+    log = rewrite(after, rules, Env(after, Context(), windows=windows))
+    assert not windows or not [d for d in log.refused if d.data["why"] == Why.WINDOW], log.refused
     after.refresh()
     return after, log
 
@@ -50,10 +53,12 @@ def data() -> Tensor:
     return torch.randn(2, CHANNELS, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def check(branches: list[list[Layer]], front: str, signs: list[int] | None = None, grow: bool = False) -> Graph:
+def check(
+    branches: list[list[Layer]], front: str, signs: list[int] | None = None, grow: bool = False, windows: bool = False
+) -> Graph:
     """Merge, compare the whole function, and look at what is stored: also what ONNX's own checker says."""
     before = graph_of(branches, signs or [1] * len(branches), front)
-    after, _ = merge(before, grow)
+    after, _ = merge(before, grow, windows)
     name = before.inputs[0].name
     same(before, after, {name: data().numpy()})
     if front == "onnx":
@@ -142,7 +147,7 @@ CASES = {f.__name__: f for f in (repvgg, mobileone, acnet, strided, pooled, scal
 @pytest.mark.parametrize("front", FRONT_ENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_branches_become_one_convolution(case: str, front: str) -> None:
-    after = check(CASES[case](), front)
+    after = check(CASES[case](), front, windows=True)
     assert ops(after) == ["relu", "conv", "relu"]
 
 
@@ -402,6 +407,28 @@ def test_a_wrong_tap_offset_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         check(repvgg(), "onnx")
 
 
+class Padded(nn.Module):
+    """A branch whose padding is an op of its own, before a convolution without any."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.pad = nn.ConstantPad2d(1, value)
+        self.a, self.b = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(self.pad(x)) + self.b(x)).relu()
+
+
+@pytest.mark.parametrize("front", FRONT_ENDS)
+def test_a_zero_pad_is_part_of_a_branch(front: str) -> None:
+    for value, left in ((0.0, ["conv", "relu"]), (0.5, ["pad", "conv", "conv", "add", "relu"])):
+        model = fill(Padded(value)).eval()
+        before = load(model, (data(),)) if front == "fx" else load(exported(model, (data(),)))
+        after, log = merge(before)
+        same(before, after, {before.inputs[0].name: data().numpy()})
+        assert ops(after) == left, log.refused
+
+
 # ---- real architectures ------------------------------------------------------------------------------------------
 FUSED_NODES = {
     "mobileone_s0": 89,
@@ -412,3 +439,34 @@ FUSED_NODES = {
     "levit_128s": 299,
 }
 """ONNX nodes of the exports of these models after their own fuse methods."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUSED_NODES)
+def test_real_architectures_reach_their_own_fuse(name: str) -> None:
+    """Folded from the plain export, and from the module: as few nodes as after the authors' fuse, or fewer."""
+    from foldline import passes as P
+
+    model = create(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0, 0.2, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+                if module.affine:
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                    module.bias.normal_(0, 0.2, generator=generator)
+    image = torch.randn(1, *model.default_cfg["input_size"], generator=generator)
+    proto = exported(model, (image,))
+    folded = P.fold(proto, verify=False).model
+    onnx.checker.check_model(folded)
+    before = load(proto)
+    inputs = {before.inputs[0].name: image.numpy()}
+    same(before, load(folded), inputs)
+    assert len(folded.graph.node) <= FUSED_NODES[name]
+
+    module = P.fold(model, (image,), verify=False).model.eval()
+    again = exported(module, (image,))
+    same(before, load(again), inputs)
+    assert len(again.graph.node) <= FUSED_NODES[name]

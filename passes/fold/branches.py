@@ -118,7 +118,7 @@ class MergeBranches(Rule):
             taken, form = [seed], seed[1].form
             work, stored = seed[1].work, seed[1].stored
             for other in ordered[:i] + ordered[i + 1 :]:
-                both = sum_form([*(c.form for _, c in taken), other[1].form], sizes)
+                both = sum_form([form, other[1].form], sizes)
                 if isinstance(both, str):
                     refusal = Refusal(both, why=Why.SHAPE)
                     continue
@@ -194,21 +194,26 @@ def leaves_of(top: Node, env: Env) -> tuple[list[Leaf], list[Node]]:
     leaves: list[Leaf] = []
     inside: list[Node] = []
 
-    def visit(node: Node, factor: float) -> None:
-        for i, value in enumerate(node.inputs):
-            assert value is not None
-            own = factor
-            if i and node.op in SUMS:
-                own *= float(node.attrs.get("alpha", 1)) * (-1.0 if node.op == "sub" else 1.0)
-            below = value.producer
-            alone = sum(v is value for v in node.inputs) == 1 and env.sole_reader(value, node) is None
-            if below is not None and alone and is_sum(below):
-                inside.append(below)
-                visit(below, own)
-            else:
-                leaves.append(Leaf(value, own, walk(value, node, env) if alone else []))
+    todo: list[tuple[Value, Node, float]] = []
 
-    visit(top, 1.0)
+    def push(node: Node, factor: float) -> None:
+        terms = []
+        for i, value in enumerate(node.inputs):
+            own = float(node.attrs.get("alpha", 1)) * (-1.0 if node.op == "sub" else 1.0) if i else 1.0
+            assert value is not None
+            terms.append((value, node, factor * own))
+        todo.extend(reversed(terms))
+
+    push(top, 1.0)
+    while todo:
+        value, node, factor = todo.pop()
+        below = value.producer
+        alone = sum(v is value for v in node.inputs) == 1 and env.sole_reader(value, node) is None
+        if below is not None and alone and is_sum(below):
+            inside.append(below)
+            push(below, factor)
+        else:
+            leaves.append(Leaf(value, factor, list(walk(value, node, env)) if alone else []))
     return leaves, inside
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,7 @@ def positions(value: Value, outputs: int) -> int:
 
 def data_operand(node: Node) -> Value | None:
     """The operand on which a node acts linearly (up to a constant), None for a node that is no such operator."""
-    if node.op in ("conv", "linear", "avg_pool", "batch_norm", "neg", "identity"):
+    if node.op in ("conv", "linear", "avg_pool", "batch_norm", "neg", "identity", "pad"):
         return node.inputs[0] if node.inputs else None
     if node.op in ("mul", "add", "sub", "div") and len(node.inputs) == 2:
         left, right = node.inputs
@@ -74,11 +74,12 @@ def spatial_axes(node: Node) -> int | None:
     return len(node.attrs["kernel"]) if node.op == "avg_pool" else None
 
 
-def walk(value: Value, reader: Node, env: Env) -> list[Node]:
+def walk(value: Value, reader: Node, env: Env) -> Iterator[Node]:
     """The nodes that make ``value`` by linear operators alone, nearest first, each read by the next one alone."""
-    nodes: list[Node] = []
     axes: int | None = None
     while value.producer is not None and env.sole_reader(value, reader) is None:
+        if any(user is not reader for user, _ in value.uses):
+            break  # its size is read: it would have to stay
         node = value.producer
         source = data_operand(node)
         own = spatial_axes(node)
@@ -87,9 +88,8 @@ def walk(value: Value, reader: Node, env: Env) -> list[Node]:
         if own is not None and axes is not None and own != axes:
             break
         axes = axes if own is None else own
-        nodes.append(node)
+        yield node
         value, reader = source, node
-    return nodes
 
 
 # ---- one node ----------------------------------------------------------------------------------------------------
@@ -111,6 +111,8 @@ def link(node: Node, axes: int) -> Link | Refusal:
         return Refusal(f"the number of channels of {source.name} varies", node.name, Why.SHAPE)
     if node.op == "avg_pool":
         return _pool(node, source, axes, size)
+    if node.op == "pad":
+        return _pad(node, source, axes, size)
     if node.op == "batch_norm":
         affine = affine_of(node)
         if not isinstance(affine, Affine):
@@ -150,7 +152,9 @@ def _weighted(node: Node, source: Value, axes: int) -> Link | Refusal:
 
     def load() -> Kernel:
         data = weight.numpy().astype(np.float64)
-        data = alpha * (data.T if inputs_first(node) else data)
+        data = data.T if inputs_first(node) else data
+        if alpha != 1.0:
+            data = alpha * data
         constant = None if bias is None else bias.const()
         if constant is None:
             return Kernel(form, data)
@@ -184,6 +188,18 @@ def _pool(node: Node, source: Value, axes: int, size: int) -> Link | Refusal:
     form = Form(size, size, size, windows, False)
     share = 1.0 / math.prod(a["kernel"])
     return Link(node, source, form, lambda: Kernel(form, np.full(form.shape, share)))
+
+
+def _pad(node: Node, source: Value, axes: int, size: int) -> Link | Refusal:
+    pads = node.attrs.get("pads")
+    if node.attrs.get("mode", "constant") != "constant" or node.attrs.get("value") not in (0, None) or pads is None:
+        return Refusal(f"{node.name} pads with something else than zeros", node.name, Why.BORDER)
+    lows = [-1 if pad is None or None in pad else min(pad) for pad in pads]
+    if len(node.inputs) > 1 or min(lows) < 0 or any(any(pad) for pad in pads[: len(pads) - axes]):
+        return Refusal(f"{node.name} pads other axes, or crops", node.name, Why.BORDER)
+    windows = tuple(taps(1, 1, (int(low), int(high)), 1) for low, high in pads[len(pads) - axes :])
+    form = Form(size, size, size, windows, False)
+    return Link(node, source, form, lambda: Kernel(form, np.ones(form.shape)))
 
 
 def _size_dependent_pool(node: Node, source: Value, windows: Sequence[Taps]) -> bool:

@@ -114,7 +114,7 @@ def _hidden(leaf: Leaf, env: Env) -> Hidden | None:
         return None
     fed = activation.inputs[0]
     assert fed is not None
-    below = walk(fed, activation, env)
+    below = list(walk(fed, activation, env))
     stop = next((i for i, n in enumerate(below) if n.op in WEIGHTED), None)
     if stop is None:
         return None

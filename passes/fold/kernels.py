@@ -41,7 +41,7 @@ class Taps:
 
     @property
     def local(self) -> bool:
-        """Whether an output reads the one input at ``o * stride`` and none is made up at the border."""
+        """Whether an output reads the one input at ``o * stride``, and there is one for each."""
         return self.count == 1 and self.first == 0 and self.reach == 0
 
     def outputs(self, size: int) -> int:
@@ -187,12 +187,12 @@ def chain_form(outer: Form, inner: Form) -> Form | str:
     """Form of ``outer(inner(x))``, or why there is none.
 
     Where ``outer`` pads, it reads zeros; the composition would read what ``inner`` makes of the zeros round x. Both
-    are zero only if ``inner`` is local (one tap at its place) along that axis and adds no constant.
+    are zero only if ``inner`` has one tap along that axis and adds no constant.
     """
     if outer.inputs != inner.outputs or len(outer.axes) != len(inner.axes):
         return "the channels in between differ"
     for late, early in zip(outer.axes, inner.axes, strict=True):
-        if any(late.padding) and not early.local:
+        if any(late.padding) and early.count > 1:
             return "the second pads with zeros where the first sums several taps: the border would differ"
     if outer.padded and inner.biased:
         return "the second pads with zeros and the first adds a bias: the border would differ"
