@@ -28,6 +28,9 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "finetune": (".finetune", "FineTune"),
     "insert_adapter": (".adapters.insert", "InsertAdapter"),
     "merge_adapter": (".adapters.merge", "MergeAdapter"),
+    "reparametrize": (".reparam.insert", "Reparametrize"),
+    "materialise": (".reparam.materialise", "Materialise"),
+    "bind": (".reparam.bind", "Bind"),
     "lower": (".lower", "Lower"),
 }
 """Name -> (module, class). Loaded when first asked for, so that a family costs nothing until it is used."""
