@@ -192,14 +192,14 @@ def test_random_chains_fx(drawn: list[Layer], grow: bool) -> None:
     check([drawn], "fx", grow=grow)
 
 
-def test_a_wrong_stride_of_a_chain_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    behind = kernels._behind
+def test_a_wrong_tap_of_a_chain_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above is not blind: taps in the wrong order fail it."""
+    chained = kernels._chained
 
-    def wrong(late: kernels.Taps, early: kernels.Taps) -> kernels.Taps:
-        found = behind(late, early)
-        return kernels.Taps(found.stride, found.first, found.step, found.count, found.reach - 1)
+    def turned(outer: kernels.Kernel, inner: kernels.Kernel, form: kernels.Form) -> np.ndarray:
+        return np.ascontiguousarray(chained(outer, inner, form)[..., ::-1])
 
-    monkeypatch.setattr(kernels, "_behind", wrong)
+    monkeypatch.setattr(kernels, "_chained", turned)
     with pytest.raises(AssertionError):
         check([strided_both()], "onnx")
 
