@@ -47,7 +47,7 @@ class InsertAdapter(Pass):
     kind: str = "lora"
     """Name of the adapter kind."""
     targets: list[str] | dict[str, dict[str, Any]] | None = None
-    """Patterns of layers or weights (name, last parts of it, or glob; ``qkv[1/3]`` or ``qkv[64:128]`` for some
+    """Patterns of layers, weights or modules (name, parts of it, or glob; ``qkv[1/3]`` or ``qkv[64:128]`` for some
     outputs), or pattern -> options of its own. None: every linear layer and convolution."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of what is left out."""

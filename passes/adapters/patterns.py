@@ -12,11 +12,8 @@ PART = re.compile(r"^(?P<name>.*?)\[(?P<a>\d*)(?P<how>[:/])(?P<b>\d*)\]$")
 
 
 def matches(pattern: str, path: str, name: str) -> bool:
-    """Whether a pattern names the layer ``path`` or its weight ``name``."""
-    for whole in (path, name):
-        if whole == pattern or whole.endswith(f".{pattern}") or fnmatch.fnmatchcase(whole, pattern):
-            return True
-    return False
+    """Whether a pattern names the layer ``path``, a module around it, or its weight ``name``."""
+    return f".{pattern}." in f".{name}." or any(fnmatch.fnmatchcase(whole, pattern) for whole in (path, name))
 
 
 def split_part(pattern: str) -> tuple[str, re.Match[str] | None]:

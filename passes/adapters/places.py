@@ -99,9 +99,9 @@ def find_places(
     """The weights that the patterns choose, in the model's order; one of several names for tied weights.
 
     Args:
-        targets: patterns, or {pattern: options}. A pattern is the name of a layer or weight, its last part or parts
-            (``"q_proj"``, ``"attn.qkv"``), or a glob over the whole name; ``[a:b]`` or ``[i/n]`` behind it chooses
-            outputs. None: every layer that ``default`` takes.
+        targets: patterns, or {pattern: options}. A pattern is the name of a layer, weight or module around it, or a
+            part of the name between dots (``"q_proj"``, ``"attn.qkv"``, ``"blocks.3"``), or a glob over the whole
+            name; ``[a:b]`` or ``[i/n]`` behind it chooses outputs. None: every layer that ``default`` takes.
         exclude: patterns of what is left out.
 
     Raises:
