@@ -52,11 +52,11 @@ def _named(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
     return tensor
 
 
-def adopt(g: ONNXGraph, made: Sequence[ir.Node], index: int, scope: str = "") -> Node:
-    """Give new native nodes their view (at ``index`` of ``g.nodes``), shapes included; returns the last one's."""
+def adopt(g: ONNXGraph, made: Sequence[ir.Node], scope: str = "") -> Node:
+    """Give native nodes that have their place in the native graph their view, with shapes; returns the last one's."""
     node: Node | None = None
     used: set[str] = set()
-    for i, native in enumerate(made):
+    for native in made:
         for output in native.outputs:
             g.taken.add(output.name or "")
         g.table.visit(native, stored=False)
@@ -64,10 +64,10 @@ def adopt(g: ONNXGraph, made: Sequence[ir.Node], index: int, scope: str = "") ->
             _write_shape(g, output, fill=True)
         node = g.by_native[native] = g._new_node(native, used)
         node.scope = scope or node.scope
-        g.nodes.insert(index + i, node)
         g.reread(node)
         g.dirty.add(native)
     assert node is not None
+    g.reorder()
     g.touch()
     return node
 
@@ -121,7 +121,7 @@ def _write_shape(g: ONNXGraph, value: ir.Value, *, fill: bool) -> None:
         return
     old = list(value.shape) if value.shape is not None else []
     fits = len(old) == len(info.shape) and all(
-        (o == n) if isinstance(o, int) else isinstance(n, str) or o.value is None
+        (o == n) if isinstance(o, int) else isinstance(n, str) or o.value is None or value.is_graph_output()
         for o, n in zip(old, info.shape, strict=True)
     )
     if fits:
