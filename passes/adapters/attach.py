@@ -9,7 +9,6 @@ weight, so every forward works that reads attributes, also one that never calls 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -143,12 +142,16 @@ def _forward(cls: type[nn.Module]) -> Any:
     return forward
 
 
-@cache
+_classes: dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]] = {}
+
+
 def adapted_class(cls: type[nn.Module], names: tuple[str, ...], wraps: bool = False) -> type[nn.Module]:
     """A subclass of ``cls`` whose parameters ``names`` read as adapted and whose forward is wrapped where asked.
 
-    It has the name and module of ``cls`` and can be pickled and copied.
+    It has the name and module of ``cls`` and can be pickled and copied. Equal arguments give the same class.
     """
+    if (cls, names, wraps) in _classes:
+        return _classes[cls, names, wraps]
 
     def reduce(self: Any, protocol: Any) -> Any:
         return _rebuilt, (cls, names, wraps), dict(self.__dict__)
@@ -159,7 +162,8 @@ def adapted_class(cls: type[nn.Module], names: tuple[str, ...], wraps: bool = Fa
         body["forward"] = _forward(cls)
     if issubclass(cls, nn.RNNBase):  # reads its weights from a list made beforehand
         body["_flat_weights"] = property(_flat_weights, _ignored)
-    return type(cls.__name__, (cls,), body)
+    made = _classes[cls, names, wraps] = type(cls.__name__, (cls,), body)
+    return made
 
 
 def _flat_weights(layer: Any) -> list[Any]:
