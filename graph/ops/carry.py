@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -194,7 +195,7 @@ def _unrepeat(node: Node, operand: int, output: int, array: np.ndarray, fill: fl
     lead = array.ndim - len(own)
     if any(n != 1 for n in array.shape[:lead]):
         raise Stuck("the map tells copies apart")
-    array = array.reshape(array.shape[lead:])
+    array = np.asarray(array.reshape(array.shape[lead:]))
     for axis, n in enumerate(array.shape):
         size = own[axis]
         if n == 1 or size == n:
@@ -335,9 +336,9 @@ def _untake(node: Node, operand: int, output: int, array: np.ndarray, fill: floa
             continue
         wide = np.broadcast_to(array, (*array.shape[:axis], len(picks), *array.shape[axis + 1 :]))
         made = np.full((*array.shape[:axis], n, *array.shape[axis + 1 :]), float(fill))
-        at = (slice(None),) * axis
-        made[(*at, picks)] = wide
-        if not (made[(*at, picks)] == wide).all():
+        at: tuple[Any, ...] = (*[slice(None)] * axis, picks)
+        made[at] = wide
+        if not (made[at] == wide).all():
             raise Stuck("the map tells copies apart")
         array = made
     return array

@@ -96,7 +96,7 @@ def lay(part: np.ndarray, value: Value, constant: bool) -> np.ndarray | Refusal:
     lead = part.ndim - len(value.shape)
     if any(n != 1 for n in part.shape[:lead]):
         return Refusal(f"{value.name} is broadcast, the map tells the copies apart", why=Why.SHAPE)
-    part = part.reshape(part.shape[lead:])
+    part = np.asarray(part.reshape(part.shape[lead:]))
     if any(n not in (1, d) for n, d in zip(part.shape, value.shape, strict=True)):
         return Refusal(f"{value.name} is broadcast, the map tells the copies apart", why=Why.SHAPE)
     return part

@@ -14,7 +14,7 @@ from .edits import BEHIND, Finished
 from .linear_sinks import takes_bias
 from .operands import FLOATS, LINEAR_OPS
 from .sinks import gain_shape
-from .sources import affine_of, data_operand
+from .sources import affine_of, data_operand, movers
 from .walk import Walk
 
 NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
@@ -72,13 +72,13 @@ class FoldScaleShift(FoldNorm):
     """Fold a multiplication, division, addition or subtraction with a constant into what stands before or behind it.
 
     Identity: ``s * x + t`` is an affine map, whatever axes s and t lie over; where it goes and what absorbs it is as
-    for batch norms. Scale-shift features, layer scale, the scale of attention, a gain that the file spells as a product.
+    for batch norms. Scale-shift features, layer scale, the scale of attention, a gain spelled as a product.
     Conditions: as for batch norms; the constant does not broadcast its operand to another shape.
     Refuses: what they refuse, and whatever would leave as many nodes as before.
     """
 
     name: ClassVar[str] = "fold_scale_shift"
-    ops: ClassVar[tuple[str, ...]] = ("mul", "div", "add", "sub")
+    ops: ClassVar[tuple[str, ...]] = ("mul", "div", "add", "sub", "neg")
     worth: ClassVar[int] = 1
 
 
@@ -158,7 +158,8 @@ def _removal(node: Node, position: int, side: str, walk: Walk, done: Finished) -
     into = _absorbers(walk, node)
     biases = {n.name: _bias(walk, n) for n in walk.window if n.op in LINEAR_OPS and _touched(walk, n)}
     reason = f"absorbed by {', '.join(into)}, which stands {side} it" if into else "it changes nothing"
-    return Rewrite([node, *walk.window], apply, "folded", reason, {"side": side, "into": into, "bias": biases})
+    window = dict.fromkeys([node, *walk.window, *movers(node)])
+    return Rewrite(list(window), apply, "folded", reason, {"side": side, "into": into, "bias": biases})
 
 
 def _absorbers(walk: Walk, source: Node) -> list[str]:

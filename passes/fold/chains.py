@@ -13,7 +13,7 @@ from ..rewrite import Env, Refusal, Why
 from .affine import Affine
 from .kernels import Form, Kernel, Taps, chain, chain_form, channelwise, taps
 from .operands import FLOATS, channels, groups, inputs_first, spatial
-from .sources import affine_of
+from .sources import affine_of_norm
 
 WEIGHTED = ("conv", "linear")
 SUMS = ("add", "sub")
@@ -114,7 +114,7 @@ def link(node: Node, axes: int) -> Link | Refusal:
     if node.op == "pad":
         return _pad(node, source, axes, size)
     if node.op == "batch_norm":
-        affine = affine_of(node)
+        affine = affine_of_norm(node)
         if not isinstance(affine, Affine):
             return affine
         vector = affine.vector(axis, size)

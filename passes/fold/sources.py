@@ -4,11 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...graph.ir import Node, Value
+from ...graph.ir import Dim, Node, Value
+from ...graph.ops.carry import Stuck, forward, moves
 from .affine import Affine, Refusal, Why, constant
 from .operands import FLOATS
 
 ARITHMETIC = ("mul", "div", "add", "sub", "neg")
+DEEP = 4
+"""Operators that may stand between a constant and the arithmetic that reads it."""
+
+
+def steady(value: Value | None) -> tuple[np.ndarray, list[Node]] | None:
+    """A value that is a constant, or a constant whose indices are moved, and the nodes that move them.
+
+    In a module ``gamma.reshape(1, -1, 1, 1)`` stays a node, since storing its result would cost the layer its class.
+    """
+    made: list[Value] = []
+    while value is not None and not value.is_const and len(made) < DEEP:
+        producer = value.producer
+        if producer is None or not moves(producer.op) or producer.op in ("concat", "stack", "gather"):
+            return None
+        made.append(value)
+        value = producer.inputs[0]
+    data = None if value is None else value.const()
+    if data is None:
+        return None
+    found = np.asarray(data).astype(np.float64)
+    try:
+        for step in reversed(made):
+            assert step.producer is not None
+            found = forward(step.producer, 0, step.index, found, 0.0)
+    except Stuck:
+        return None
+    return found, [step.producer for step in made if step.producer is not None]
 
 
 def data_operand(node: Node) -> int | None:
@@ -16,13 +44,24 @@ def data_operand(node: Node) -> int | None:
     if node.op not in ARITHMETIC:
         return 0
     moving = [i for i, v in enumerate(node.inputs) if v is not None and not v.is_const]
+    if len(moving) == 2:
+        moving = [i for i in moving if steady(node.inputs[i]) is None]
     return moving[0] if len(moving) == 1 else None
+
+
+def movers(node: Node) -> list[Node]:
+    """The nodes that bring the constant of arithmetic into its shape."""
+    position = data_operand(node)
+    if position is None or node.op not in ARITHMETIC or len(node.inputs) != 2:
+        return []
+    found = steady(node.inputs[1 - position])
+    return [] if found is None else found[1]
 
 
 def affine_of(node: Node) -> Affine | Refusal | None:
     """The map that a batch norm in eval mode, or arithmetic with a constant, is; None where it is none by nature."""
     if node.op == "batch_norm":
-        return _batch_norm(node)
+        return affine_of_norm(node)
     if node.op not in ARITHMETIC or len(node.inputs) > 2:
         return None
     position = data_operand(node)
@@ -34,9 +73,11 @@ def affine_of(node: Node) -> Affine | Refusal | None:
         return Refusal(f"the rank of {x.name} is unknown", why=Why.SHAPE)
     if node.op == "neg":
         return Affine.of(-1.0, 0.0, rank)
-    data = constant(node, 1 - position)
-    assert data is not None
-    if not _kept(x, data.shape):
+    other = node.inputs[1 - position]
+    held = steady(other)
+    assert other is not None and held is not None
+    data = held[0]
+    if other.shape is None or not _kept(x, other.shape):
         return Refusal("the constant broadcasts what it meets to another shape", why=Why.SHAPE)
     data = data * float(node.attrs.get("alpha", 1.0)) if position == 0 else data
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -57,7 +98,7 @@ def _arithmetic(node: Node, position: int, data: np.ndarray, rank: int) -> Affin
     return Affine.of(1.0, -data, rank) if position == 0 else Affine.of(-factor, data, rank)
 
 
-def _kept(x: Value, shape: tuple[int, ...]) -> bool:
+def _kept(x: Value, shape: tuple[Dim, ...]) -> bool:
     """Whether a constant of this shape leaves the shape of ``x`` as it is, for every symbolic size."""
     assert x.shape is not None
     if len(shape) > len(x.shape) or 0 in shape:
@@ -65,7 +106,7 @@ def _kept(x: Value, shape: tuple[int, ...]) -> bool:
     return all(n in (1, d) for n, d in zip(shape, x.shape[len(x.shape) - len(shape) :], strict=True))
 
 
-def _batch_norm(node: Node) -> Affine | Refusal:
+def affine_of_norm(node: Node) -> Affine | Refusal:
     """``scale = gamma / sqrt(var + eps)``, ``shift = beta - mean * scale``."""
     if node.attrs.get("training"):
         return Refusal("it is in training mode: its statistics come from the batch", why=Why.TRAINING)

@@ -7,10 +7,12 @@ on: together these are the window of the rewrite.
 from __future__ import annotations
 
 from ...graph.ir import Node, Value
+from ...graph.ops.table import get_rule
 from ..rewrite import Env
 from . import sinks, travel
 from .affine import Affine, Refusal, Why
 from .edits import Edits
+from .operands import FLOATS
 
 LONGEST = 256
 """Operators that one walk passes at most; this keeps many walks through one long graph linear in its size."""
@@ -48,7 +50,8 @@ class Walk:
             return blocked
         if producer.op in sinks.UP:
             return sinks.UP[producer.op](self, producer, affine)
-        shared = len(_data_uses(value.producer.inputs[0])) > 1 if producer.inputs and producer.inputs[0] else False
+        first = producer.inputs[0] if producer.inputs else None
+        shared = first is not None and len(_data_uses(first)) > 1
         ways = travel.up(producer, value.index, affine, shared)
         if isinstance(ways, Refusal):
             return ways
@@ -139,7 +142,12 @@ def _data_uses(value: Value) -> list[tuple[Node, int]]:
 
 
 def _blind(user: Node, position: int, affine: Affine) -> bool:
-    """Whether a reader sees nothing of the map: it picks positions at which the map is the identity."""
+    """Whether a reader sees nothing of the map: it picks positions where the map is the identity, or nobody reads it.
+
+    (A float that is made and not read is no size either, so that attributes computed at run time do not read it.)
+    """
+    if all(v.dtype in FLOATS and not v.uses and not v.is_output for v in user.outputs):
+        return bool(user.outputs) and get_rule(user.op) is not None
     if user.op not in ("slice", "select", "gather", "split", "unbind"):
         return False
     maps = travel.down(user, position, affine)
