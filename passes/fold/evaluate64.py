@@ -25,13 +25,17 @@ JUMPS = frozenset(
 """Ops that are not continuous: in float64 an operand may fall on the other side of the step than in the model."""
 
 
+PLAIN = frozenset("GatherND ScatterND ScatterElements Trilu EyeLike Compress ReverseSequence Clip".split())
+"""ONNX operators without a canonical form that move elements or bound them, so that no two runtimes differ."""
+
+
 def evaluable(graph: Graph, node: Node) -> bool:
     """Whether a node is a deterministic function of its operands that :func:`evaluate64` can compute."""
     if node.op in RUNTIME or node.captured or node.attrs.get("training"):
         return False
     if node.op == "identity" and node.attrs.get("fn") == "dropout" and graph.kind == "fx":
         return False  # it drops in training, and what comes back may be trained
-    if graph.kind == "onnx" and node.op == "opaque":
+    if graph.kind == "onnx" and node.op == "opaque" and node.origin not in PLAIN:
         return False  # what has no canonical form is computed as the runtime does, by the rule of constant folding
     return _machine(graph).takes(node)
 

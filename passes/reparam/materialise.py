@@ -27,12 +27,13 @@ class Materialise(Pass):
     """Only what layers under this path read."""
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        from ..clean.sweeps import DeadCode
         from ..fold.constants import ConstantSubgraph
         from ..rewrite import Env, rewrite
 
         rule = ConstantSubgraph(free=self.budget, budget=self.budget, within=self.within)
-        log = rewrite(graph, [rule], Env(graph, ctx))
+        log = rewrite(graph, [DeadCode(), rule], Env(graph, ctx))
         if log.applied:
             graph.refresh()
-        stored = sum(len(d.data["values"]) for d in log.applied)
+        stored = sum(len(d.data["values"]) for d in log.applied if d.action == "stored")
         return Outcome(decisions=log.decisions, details={"stored": stored, "refused": len(log.refused)})
