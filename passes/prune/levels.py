@@ -18,10 +18,10 @@ from ...graph.execute import batches_of, run_graph, synthesize_inputs
 from ...graph.groups import AxisGroup, AxisGroups
 from ...graph.ir import Graph
 from ..allocate import Level, Method, allocate
-from ..base import Progress, no_progress
+from ..base import Progress, Reference, no_progress
 from .costs import Estimate
 from .importance import Scores
-from .select import Kept, cut_clone, keep_best
+from .select import Kept, cut_clone, cut_with_plan, keep_best
 from .widths import Widths
 
 RUNGS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -115,15 +115,35 @@ class Ladder:
     losses: list[list[float]]
 
 
-def trial(groups: AxisGroups, kept: Kept) -> Graph:
-    """The graph with a selection applied: masked where that is the same thing, else a cut clone."""
-    if all(g.exact for g in kept):
-        return mask(groups, kept)
-    return cut_clone(groups, kept)
+class Trials:
+    """Graphs with a selection applied, to be measured.
+
+    Attributes:
+        repair: what is left is corrected as ``Recover(data="moments")`` does, so that a distortion is what remains
+            after recovery: layers whose channels stand in for each other then give more. Else the graph is masked
+            where that is the same thing as cutting, and cut where it is not.
+    """
+
+    def __init__(self, groups: AxisGroups, repair: bool = False) -> None:
+        self.groups = groups
+        self.repair = repair
+        self._inputs: Mapping[str, Any] | None = None
+
+    def __call__(self, kept: Kept) -> Graph:
+        if not self.repair or not kept:
+            return mask(self.groups, kept) if all(g.exact for g in kept) else cut_clone(self.groups, kept)
+        from ..recover.absorb import absorb, input_moments
+        from ..recover.recover_pass import MOMENTS_RIDGE
+
+        if self._inputs is None:
+            self._inputs = input_moments(self.groups.graph)
+        clone, plan = cut_with_plan(self.groups, kept)
+        absorb(clone, Reference(self.groups.graph, plan), MOMENTS_RIDGE, self._inputs)
+        return clone
 
 
 def measure_levels(
-    groups: AxisGroups,
+    trial: Trials,
     scores: Scores,
     widths: Widths,
     outputs: Outputs,
@@ -143,7 +163,7 @@ def measure_levels(
         sorted({u[0].size, *(widths.together(u, u[0].size * (1 - r)) for r in RUNGS)}, reverse=True) for u in units
     ]
     fixed = {g: k for g, k in (around or {}).items() if len(k) < g.size}
-    base = outputs.distortion(trial(groups, fixed)) if fixed else 0.0
+    base = outputs.distortion(trial(fixed)) if fixed else 0.0
     losses: list[list[float]] = []
     for unit, sizes in progress(list(zip(units, counts, strict=True)), "measuring distortions"):
         now = len(fixed[unit[0]]) if unit[0] in fixed else unit[0].size
@@ -156,7 +176,7 @@ def measure_levels(
                 found.append(float("inf"))
             else:
                 moved = {**fixed, **{g: keep_best(scores[g], n) for g in unit}}
-                found.append(outputs.distortion(trial(groups, _cut(moved))) - base)
+                found.append(outputs.distortion(trial(_cut(moved))) - base)
         losses.append(found)
     return Ladder(units, counts, losses)
 
@@ -220,7 +240,7 @@ class Layerwise:
         return total
 
 
-def additivity(groups: AxisGroups, layerwise: Layerwise, outputs: Outputs, seed: int) -> dict[str, Any]:
+def additivity(trial: Trials, layerwise: Layerwise, outputs: Outputs, seed: int) -> dict[str, Any]:
     """Correlation of joint with summed distortion over random selections (logarithms; both span decades)."""
     rng = np.random.default_rng(seed)
     joint, summed = [], []
@@ -228,7 +248,7 @@ def additivity(groups: AxisGroups, layerwise: Layerwise, outputs: Outputs, seed:
         levels = [int(rng.integers(0, max((i + 1) * len(c) // PROBES, 1))) for c in layerwise.ladder.counts]
         kept = {g: k for g, k in layerwise.at(levels).items() if len(k) < g.size}
         if kept:
-            joint.append(outputs.distortion(trial(groups, kept)))
+            joint.append(outputs.distortion(trial(kept)))
             summed.append(layerwise.summed({g: len(k) for g, k in kept.items()}))
     if len(joint) < 3 or min(joint) <= 0 or min(summed) <= 0 or np.ptp(np.log(summed)) == 0:
         return {"probes": len(joint)}

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from ...graph.actions import select
+from ...graph.actions import Plan, select
 from ...graph.groups import AxisGroup, AxisGroups, axis_groups
 from ...graph.ir import Graph
 from .importance import Scores
@@ -103,8 +103,13 @@ def structure(g: AxisGroup) -> tuple[tuple[str, int, int, str], ...]:
 
 def cut_clone(groups: AxisGroups, kept: Kept) -> Graph:
     """A clone of the graph with the selection applied."""
+    return cut_with_plan(groups, kept)[0]
+
+
+def cut_with_plan(groups: AxisGroups, kept: Kept) -> tuple[Graph, Plan]:
+    """A clone of the graph with the selection applied, and what was done."""
     clone = groups.graph.clone()
     twins = axis_groups(clone)
     where = {g: i for i, g in enumerate(groups)}
-    select(twins, {twins.groups[where[g]]: k for g, k in kept.items() if len(k) < g.size})
-    return clone
+    plan = select(twins, {twins.groups[where[g]]: k for g, k in kept.items() if len(k) < g.size})
+    return clone, plan

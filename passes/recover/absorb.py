@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ MOST = 0.9
 """Largest share of a channel's variance that counts as lost."""
 
 
-def absorb(graph: Graph, reference: Reference, ridge: float) -> Walk:
+def absorb(graph: Graph, reference: Reference, ridge: float, inputs: Mapping[str, Moments] | None = None) -> Walk:
     """Correct ``graph`` in place: W' = W_S + W_R B and a shift, with B the regression of removed channels on kept
     ones under the propagated covariances, per consumer of a cut axis.
 
@@ -25,19 +27,31 @@ def absorb(graph: Graph, reference: Reference, ridge: float) -> Walk:
     the map holds at the border too. The shift goes in only where batch norms saw the mean. The batch norm that
     follows gets the variance that is left. Kept channels count as
     those of the original: errors of earlier layers are not modelled (a model of them overstates them, and shrinks).
+    A consumer whose expected error would not fall stays sliced. ``inputs``: :func:`input_moments` of the original,
+    for callers that try many cuts of it.
     """
     original = reference.graph.clone()
     check_same_layers(graph, original)
     kept = Kept(original, reference.plan)
     found = Walk()
     here = {n.name: n for n in graph.nodes}
-    moments = Propagation(original)
+    inputs = input_moments(original) if inputs is None else inputs
     with torch.no_grad():
         for twin in original.nodes:
             node = here.get(twin.name)
             if node is not None and node.op in LINEAR:
-                _consumer(graph, node, twin, moments.of(twin.input(0)), kept, ridge, found)
-            moments.visit(twin)
+                _consumer(graph, node, twin, inputs.get(twin.name), kept, ridge, found)
+    return found
+
+
+def input_moments(original: Graph) -> dict[str, Moments]:
+    """Moments of what each linear operator reads, by node name, where they are known."""
+    moments, found = Propagation(original), {}
+    with torch.no_grad():
+        for node in original.nodes:
+            if node.op in LINEAR and (x := moments.of(node.input(0))) is not None:
+                found[node.name] = x
+            moments.visit(node)
     return found
 
 
@@ -79,9 +93,12 @@ def _merge(
     second = x.cov if centred else x.cov + x.mean[:, None] * x.mean
     coefficients = regression(second, s, gone, ridge)
     wr = w[:, gone]
+    before, after = _unexplained(w, second, s, gone, coefficients)
+    if not after < before:
+        found.decisions.append(Decision(name, "left", "its expected error would not fall: weights are only sliced"))
+        return
     matrix = now.reshape(len(w), len(s), -1) + torch.einsum("ort,rs->ost", wr, coefficients)
     graph.set_weight(op.weight.weight, op.tensor(matrix.reshape(1, len(w), -1), data))
-    before, after = _unexplained(w, second, s, gone, coefficients)
     if x.measured and sink is not None and sink.value.weight is not None:
         left = x.mean[gone] - coefficients @ x.mean[s]
         inside = coverage(theirs, w.shape[2])

@@ -16,6 +16,8 @@ from .layers import LINEAR, along_channels, followers, linear_op
 
 NEIGHBOURS = 0.6
 """Correlation of a channel with itself one position further, assumed where nothing says more."""
+ORDERS = 4
+"""Terms of the Hermite series of an activation; the last one more has an even power, as a rectifier's have."""
 CHANNELS = 0.6
 """Correlation of the channels of an input image, as of coloured photographs."""
 
@@ -77,7 +79,7 @@ class Propagation:
     Linear ops map them exactly for Gaussian inputs whose positions are correlated as neighbours in an image are; batch
     norms know the mean and the variance of their input, so only its correlations are taken from the model ("Data-Free
     Quantization Through Weight Equalization and Bias Correction" for the rectified Gaussian's mean); activations by
-    quadrature, their covariances by the first two terms of the Hermite series; sums as if independent.
+    quadrature, their covariances by the Hermite series; sums as if independent.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -238,7 +240,10 @@ def _positions(node: Node, taps: int) -> Tensor:
 
 
 def activated(x: Moments, function: Callable[[Tensor], Tensor]) -> Moments:
-    """Moments of f(x) for Gaussian x: mean and variance by quadrature, covariances to second order."""
+    """Moments of f(x) for Gaussian x: mean and variance by quadrature, covariances by Hermite series.
+
+    What the first ``ORDERS`` terms leave of the variances goes into one term more, so that copies stay copies.
+    """
     z = torch.linspace(-6, 6, 241, dtype=torch.float64)
     weight = torch.exp(-z.square() / 2)
     weight /= weight.sum()
@@ -246,9 +251,16 @@ def activated(x: Moments, function: Callable[[Tensor], Tensor]) -> Moments:
     y = function(x.mean[:, None] + std[:, None] * z)
     mean = y @ weight
     var = (y - mean[:, None]).square() @ weight
-    first, second = y @ (weight * z), y @ (weight * (z.square() - 1))
     rho = x.with_std(torch.ones_like(std)).cov
-    cov = first[:, None] * first * rho + second[:, None] * second * rho.square() / 2
+    cov, left = torch.zeros_like(rho), var.clone()
+    before, polynomial = torch.ones_like(z), z
+    for k in range(1, ORDERS + 1):
+        share = y @ (weight * polynomial) / math.sqrt(math.factorial(k))
+        cov += share[:, None] * share * rho**k
+        left -= share.square()
+        before, polynomial = polynomial, z * polynomial - k * before
+    rest = left.clamp_min(0).sqrt()
+    cov += rest[:, None] * rest * rho ** (ORDERS + 2)
     cov.diagonal().copy_(var)
     return Moments(mean, cov, x.axis, x.measured)
 

@@ -46,7 +46,8 @@ class Recover(Pass):
 
     data: Literal["calibration", "synthetic", "moments"] = "calibration"
     """"calibration": typical inputs; "synthetic": inputs made until batch norms see what they remember (noise where
-    there are none), on top of "moments"; "moments": no forward run, only the statistics that norms store."""
+    there are none; random words in the form of the example inputs for token models), on top of "moments"; "moments":
+    no forward run, only the statistics that norms store."""
     calibration: Any = None
     """Batches of model inputs for data="calibration" (those of the run, if None); for data="synthetic" inputs made
     before with ``synthetic_inputs``, which depend on the original alone and serve for any ratio."""
@@ -84,7 +85,8 @@ class Recover(Pass):
             batches = self.calibration
         found = recover_graph(
             graph, ctx.reference, batches, data=self.data, ridge=self.ridge, rows=self.rows, sums=self.sums,
-            norms=self.norms, samples=self.samples, steps=self.steps, seed=ctx.seed, progress=ctx.progress,
+            norms=self.norms, samples=self.samples, steps=self.steps, examples=ctx.example_inputs, seed=ctx.seed,
+            progress=ctx.progress,
         )  # fmt: skip
         errors = list(found.errors.values())
         details: dict[str, Any] = {"data": self.data, "corrected": len(errors)}
@@ -107,6 +109,7 @@ def recover_graph(
     norms: bool = True,
     samples: int = 256,
     steps: int = 100,
+    examples: Any = None,
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Walk:
@@ -117,6 +120,7 @@ def recover_graph(
         reference: the graph before the cut and what the cut kept (``ctx.reference``).
         batches: model inputs as ``Graph.bind`` takes them (data="calibration"), or made-up ones (data="synthetic",
             made here if there are none).
+        examples: one call's inputs, whose form made-up token ids follow.
 
     Returns:
         Decisions, and per corrected weight (relative error before, after).
@@ -130,5 +134,7 @@ def recover_graph(
     if data == "synthetic":
         # Made-up inputs say less than real ones: what they say is fitted on top of what the norms' moments say.
         absorb(graph, reference, MOMENTS_RIDGE)
-        batches = batches or synthetic_inputs(reference.graph, samples, steps=steps, seed=seed, progress=progress)
+        batches = batches or synthetic_inputs(
+            reference.graph, samples, examples=examples, steps=steps, seed=seed, progress=progress
+        )
     return walk(graph, reference, batches, Settings(ridge, rows, sums, norms, seed, progress))

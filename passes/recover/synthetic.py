@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...graph.execute import synthesize_inputs
+from ...graph.execute import batches_of, synthesize_inputs
 from ...graph.ir import Graph, Node, Value
 from ..base import Progress, no_progress
 from .layers import LINEAR
 from .runner import runner
+from .tokens import made_up_tokens
 
 BATCH = 64
 SHARED = 0.8
@@ -21,6 +24,7 @@ def synthetic_inputs(
     graph: Graph,
     samples: int = 256,
     *,
+    examples: Any = None,
     steps: int = 100,
     rate: float = 0.05,
     seed: int = 0,
@@ -29,20 +33,28 @@ def synthetic_inputs(
     """Batches of made-up inputs, {graph input name: array}, the same for the same seed.
 
     Image-like inputs (floats with a channel axis and at least one more) are noise with a power spectrum of 1/f^2, as
-    natural images have, with correlated channels and unit variance; integers are drawn from what their consumers can
-    index; see :func:`synthesize_inputs` for the rest. If the graph has batch norms, ``steps`` steps of Adam then change
+    natural images have, with correlated channels and unit variance. Token ids (looked up in a stored table) follow the
+    examples' rows: their length, mask and special tokens and half of their words, the others drawn by Zipf's law from
+    the trained rows of the table; without examples integers are drawn from what their consumers can index. See
+    :func:`synthesize_inputs` for the rest. If the graph has batch norms, ``steps`` steps of Adam then change
     the images until mean and variance before each batch norm are those it stores ("ZeroQ: A Novel Zero Shot
     Quantization Framework"; the same term in "Dreaming to Distill").
 
     Args:
         samples: how many in all; rounded up to whole batches where the batch size is fixed in the model.
+        examples: one call's inputs as ``Graph.bind`` takes them; only token models look at them.
         steps, rate: of Adam; 0 steps leave the noise as it is.
     """
     images = [v for v in graph.inputs if v.rank is not None and v.rank >= 3 and v.dtype.startswith("float")]
     free = all(v.shape and isinstance(v.shape[0], str) for v in graph.inputs)
     size = min(BATCH, samples) if free else max(1, int((graph.inputs[0].hint or (1,))[0]))
     batches = []
+    model = None if examples is None else next(iter(batches_of(graph, [examples])))
     for i in range(-(-samples // size)):
+        tokens = None if model is None else made_up_tokens(graph, model, size, seed + i)
+        if tokens is not None:
+            batches.append(tokens)
+            continue
         made = synthesize_inputs(graph, seed + i)
         for k in range(1, -(-size // len(made[graph.inputs[0].name])) if free else 1):
             more = synthesize_inputs(graph, seed + 7919 * k + i)
