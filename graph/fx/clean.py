@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], 
     if target.has_kernel_for_dispatch_key(_COMPOSITE):
         function: Callable[..., Any] = target.decompose
     else:
-        table = torch._decomp.core_aten_decompositions()
+        table = _core_decompositions()
         if target in _OWN_DECOMPOSITIONS:
             function = _OWN_DECOMPOSITIONS[target]
         elif target in table:
@@ -130,6 +131,12 @@ def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], 
     for new in made:
         if not known(new):
             decompose(graph, new, known, depth + 1)
+
+
+@cache
+def _core_decompositions() -> Any:
+    """torch builds the table anew each time, by looking at every operator: seconds."""
+    return torch._decomp.core_aten_decompositions()
 
 
 def _has_fake(values: list[Any]) -> bool:

@@ -108,6 +108,10 @@ class _Replay(Tape):
         return stand_in
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
+            return self._answer(func, args, kwargs)  # none of what is made meanwhile is the module's
+
+    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         seen: dict[int, torch.Tensor] = {}
         place: list[torch.device] = []
 
@@ -137,8 +141,7 @@ class _Replay(Tape):
     ) -> torch.Tensor:
         if id(out) in seen:
             return seen[id(out)]  # in place, or nothing to do
-        with torch._C._ExcludeDispatchKeyGuard(PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
-            real = self._real(out, device)
+        real = self._real(out, device)
         if wrapped:
             self.empty[real.untyped_storage()._cdata] = real, out
         return real

@@ -1,0 +1,86 @@
+"""The proof by calls: a replay agrees only with a module that makes the recorded calls on the recorded weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import foldline as fl
+import pytest
+import torch
+from foldline import passes as P
+from foldline.graph.fx.replay import replays
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3)
+        self.b = nn.Conv2d(8, 8, 3)
+        self.c = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+        self.slope, self.swap, self.width = 0.1, False, 8
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.leaky_relu(self.a(x), self.slope)
+        first, second = (self.c, self.b) if self.swap else (self.b, self.c)
+        x = second(first(x).add_(1.0))
+        if x.shape[1] != self.width:
+            x = x * 2
+        return self.head(x.mean((2, 3)) + torch.full((1,), 0.5))
+
+
+def _both(change: dict[str, Any]) -> tuple[Any, nn.Module]:
+    model = Net().train()
+    graph = fl.load(model, torch.randn(2, 3, 12, 12), static=True)
+    twin = copy.deepcopy(model)
+    for key, value in change.items():
+        setattr(twin, key, value)
+    return graph, twin
+
+
+def _tensors(graph: Any, twin: nn.Module) -> dict[str, torch.Tensor]:
+    held = dict(twin.named_parameters())
+    return {n: held.get(n, t) for n, t in graph.tensors.items()}
+
+
+def test_the_same_module_replays_and_stays_as_it_was() -> None:
+    graph, twin = _both({})
+    before = {n: t.clone() for n, t in twin.state_dict().items()}
+    assert replays(graph, twin, _tensors(graph, twin))
+    assert twin.training and twin.a.training
+    assert all(torch.equal(t, before[n]) for n, t in twin.state_dict().items())
+    assert not any(hasattr(p, "_foldline_meta") or hasattr(p, "_foldline_node") for p in twin.parameters())
+
+
+@pytest.mark.parametrize("change", [{"slope": 0.2}, {"swap": True}, {"width": 6}, {"head": nn.Linear(8, 4)}])
+def test_another_constant_weight_or_branch_does_not(change: dict[str, Any]) -> None:
+    graph, twin = _both({})
+    tensors = _tensors(graph, twin)
+    for key, value in change.items():
+        setattr(twin, key, value)
+    assert not replays(graph, twin, tensors)
+
+
+def test_a_size_in_code_is_not_passed_over() -> None:
+    """``width`` is code's own: after the cut the forward would take the other branch, so it must be patched."""
+    model = Net().eval()
+    x = torch.randn(2, 3, 12, 12)
+    pruned = P.prune(model, x, ratio=0.5, verify=False).model
+    masked_channels = pruned.c.weight.shape[0]
+    assert masked_channels == 4
+    graph = fl.load(pruned, x, static=True)
+    with torch.no_grad():
+        out = torch.from_numpy(graph.run(graph.bind(x))[0][0].numpy())
+        torch.testing.assert_close(pruned(x), out)
+    assert getattr(pruned, "width", 4) == 4 or isinstance(pruned, torch.fx.GraphModule)
+
+
+def test_torch_is_left_without_traces_of_the_recording() -> None:
+    key = torch._C.DispatchKey.PreDispatch
+    fl.load(Net(), torch.randn(2, 3, 12, 12), static=True)
+    assert key not in torch.ops.aten.conv2d.default._dispatch_cache
+    with pytest.raises(Exception):  # noqa: B017  (whatever the module raises)
+        fl.load(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(5, 5)), torch.randn(2, 3, 12, 12), static=True)
+    assert key not in torch.ops.aten.conv2d.default._dispatch_cache
