@@ -376,3 +376,15 @@ def test_many_constant_subgraphs_take_linear_time() -> None:
 
     small = seconds(300)
     assert seconds(1200) < 8 * small + 1.0
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "spectral norm, hooks", "standardised", "householder", "cayley"])
+def test_windows_of_constant_subgraphs_are_checked_alone(kind: str) -> None:
+    from foldline.passes import Fold, Pipeline
+
+    torch.manual_seed(0)
+    layer, shape = (KINDS | ORTHOGONAL)[kind]()
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    result = Pipeline([Fold(verify="window")]).run(model, (torch.randn(shape),))
+    assert [n.op for n in result.graph.nodes] in (["conv", "relu"], ["linear", "relu"])
+    assert not [d for d in result.report.passes[0].decisions if d.action == "refused"]

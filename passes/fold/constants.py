@@ -127,7 +127,7 @@ class ConstantSubgraph(Rule):
             return Refusal(f"it cannot be computed: {error.args[0] if error.args else error}"[:200])
         data = {"values": [r.name for r in roots], "bytes": sum(map(_bytes, roots)), "grown": grown}
         return Rewrite(
-            _window(found, roots),
+            [*_window(found, roots), *_operators(roots)],
             self._storing(env, found, results, grown),
             action="stored",
             reason=f"computed from constants alone: {', '.join(r.name for r in roots[:3])}",
@@ -146,7 +146,7 @@ class ConstantSubgraph(Rule):
         cone = found.cone(root)
         if not any(v is not None and v.weight is not None for node in cone for v in node.inputs):
             return False
-        if root.producer is not None and root.producer.op == "identity" and not outside:
+        if not outside and len(cone) == 1 and cone[0].op == "identity":
             return False  # an output that repeats a weight
         return graph.kind != "fx" or any(node.op not in MOVES for node in cone)
 
@@ -322,6 +322,12 @@ def _window(found: _Component, roots: Sequence[Value]) -> list[Node]:
         return found.nodes
     wanted = {id(node) for root in roots for node in found.cone(root)}
     return [node for node in found.nodes if id(node) in wanted]
+
+
+def _operators(roots: Sequence[Value]) -> list[Node]:
+    """The operators for whose sake ``roots`` are stored: without them the rule might leave the computation as it is."""
+    found = {user: None for root in roots for user, i in root.uses if i >= READERS.get(user.op, 99)}
+    return list(found)
 
 
 def _bytes(value: Value) -> int:
