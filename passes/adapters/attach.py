@@ -78,9 +78,18 @@ class WeightAdapter(nn.Module):
         return {name: t for name, t in self.tensors().items() if name not in left_out}
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The adapted stored weight, in the dtype of ``weight``."""
-        new = self.kind.new_weight(self.view.canonical(weight), self.tensors(), self.geometry, self.options)
+        """The adapted stored weight, in the dtype of ``weight``; half precision is computed in float32."""
+        t, wide = self._wide(weight.dtype)
+        new = self.kind.new_weight(self.view.canonical(weight).to(wide), t, self.geometry, self.options)
         return self.view.stored(new.to(weight.dtype), weight)
+
+    def _wide(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+        """The tensors in the widest dtype of theirs, the weight's and float32; and it."""
+        found = self.tensors()
+        wide = torch.float32
+        for other in (dtype, *(t.dtype for t in found.values())):
+            wide = torch.promote_types(wide, other)
+        return {name: t.to(wide) for name, t in found.items()}, wide
 
     def bias(self, bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
         """The adapted bias; a layer without one starts from zeros."""
@@ -88,7 +97,8 @@ class WeightAdapter(nn.Module):
             return bias
         if bias is None:
             bias = weight.new_zeros(self.view.rows_of(tuple(weight.shape)))
-        new = self.kind.bias(self.view.bias_rows(bias), self.tensors(), self.options)
+        t, wide = self._wide(bias.dtype)
+        new = self.kind.bias(self.view.bias_rows(bias).to(wide), t, self.options)
         return self.view.stored_bias(new.to(bias.dtype), bias)
 
     def extra_repr(self) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import string
-
 import numpy as np
 
 from ...graph.errors import ConfigError, ConstraintError
@@ -25,11 +23,11 @@ def _tucker_start(start: Start) -> dict[str, np.ndarray]:
 
 
 def tucker(core: Array, factors: list[Array]) -> Array:
-    """core x_0 F_0 x_1 F_1 ...: one einsum, for four axes abcd,oa,ib,hc,wd->oihw."""
-    small = string.ascii_lowercase[: len(factors)]
-    large = string.ascii_uppercase[: len(factors)]
-    pairs = [b + a for a, b in zip(small, large, strict=True)]
-    return xp(core).einsum(f"{small},{','.join(pairs)}->{large}", core, *factors)
+    """core x_0 F_0 x_1 F_1 ... (for four axes abcd,oa,ib,hc,wd->oihw), one axis after the other as a matrix product."""
+    for factor in factors:  # the leading axis is multiplied and goes to the end: after all, the order is as before
+        rest = tuple(core.shape[1:])
+        core = (factor @ core.reshape((core.shape[0], -1))).swapaxes(0, 1).reshape((*rest, factor.shape[0]))
+    return core
 
 
 def _tucker(t: Tensors, g: Geometry, o: Options) -> Array:
@@ -75,7 +73,9 @@ def kron_apply(a: Array, b: Array, x: Array) -> Array:
     """x (sum_i a_i kron b_i)^T as a reshape and two small products, x [..., m n] -> [..., p q]."""
     lead = tuple(x.shape[:-1])
     grid = x.reshape((*lead, a.shape[2], b.shape[2]))
-    return xp(a).einsum("kpm,...mn,kqn->...pq", a, grid, b).reshape((*lead, a.shape[1] * b.shape[1]))
+    module = xp(a)
+    half = module.einsum("...mn,kqn->...kmq", grid, b)
+    return module.einsum("kpm,...kmq->...pq", a, half).reshape((*lead, a.shape[1] * b.shape[1]))
 
 
 def _kron(t: Tensors, g: Geometry, o: Options) -> Array:

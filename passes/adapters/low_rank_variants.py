@@ -89,7 +89,7 @@ def _concept_start(start: Start) -> dict[str, np.ndarray]:
 
 def _concepts(t: Tensors, g: Geometry, o: Options) -> Array:
     """s sum_c gate_c v_c u_c^T."""
-    return o["scale"] * xp(t["u"]).einsum("c,co,ci->oi", t["gate"], t["v"], t["u"])
+    return o["scale"] * ((t["v"].T * t["gate"]) @ t["u"])
 
 
 def _constant_gates(t: Tensors, o: Options) -> None:
