@@ -93,7 +93,13 @@ _SIZES = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, interm
 _SPECIAL = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
 _GQA = dict(**{**_SIZES, "num_attention_heads": 8}, num_key_value_heads=4, use_cache=False, **_SPECIAL)
 _IMAGE = dict(image_size=64, num_channels=3)
+REAL = ["hf:bert-base", "hf:distilbert-base", "hf:gpt2-small"]
+"""transformers at their published sizes (random weights); the others are small configurations of the same classes."""
+
 _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert-base": ("Bert", "ForSequenceClassification", {}),
+    "distilbert-base": ("DistilBert", "ForSequenceClassification", {}),
+    "gpt2-small": ("GPT2", "LMHeadModel", dict(use_cache=False)),
     "bert": ("Bert", "ForSequenceClassification", _SIZES),
     "distilbert": (
         *("DistilBert", "ForSequenceClassification"),

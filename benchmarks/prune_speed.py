@@ -24,7 +24,8 @@ from coverage import isolated
 
 DEFAULT = """
 tv:squeezenet1_1 tv:mobilenet_v2 vgg11_bn resnet50 resnet152 resnext50_32x4d seresnet50 densenet201 regnety_004
-mobilenetv3_large_100 efficientnet_b0 convnext_tiny mixer_s16_224 hf:bert hf:llama resnest14d
+mobilenetv3_large_100 efficientnet_b0 tv:mobilenet_v3_small tv:mnasnet0_5 resnet34 convnext_tiny mixer_s16_224
+hf:bert hf:bert-base hf:distilbert-base hf:gpt2-small hf:llama resnest14d
 swin_tiny_patch4_window7_224 maxvit_tiny_tf_224
 """.split()
 

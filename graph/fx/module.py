@@ -51,8 +51,10 @@ def write_back(graph: FXView) -> nn.Module:
         reason = str(problem)
     else:
         check = _Check(graph)
-        if graph.mode is None and replays(graph, twin, tensors) or _patched_replays(graph, twin, tensors):
-            return twin
+        if graph.mode is None:
+            same = replays(graph, twin, tensors)
+            if same or same is None and _patched_replays(graph, twin, tensors):
+                return twin
         failure = check(twin)
         if failure is not None and _forget_caches(graph, twin):
             failure = check(twin)
@@ -87,7 +89,7 @@ def write_back(graph: FXView) -> nn.Module:
 
 def _patched_replays(graph: FXView, twin: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
     """Does ``twin`` make the recorded calls once the sizes that its code holds are patched? Else it stays as it is."""
-    if graph.mode is not None or not (plan := plan_patches(graph, twin)):
+    if not (plan := plan_patches(graph, twin)):
         return False
     undo = apply_patches([p for group in plan for p in group[0]])
     if replays(graph, twin, tensors):

@@ -24,12 +24,13 @@ _META_DEVICE = torch.device("meta")
 _SIZED = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand"}
 
 
-def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool | None:
     """Whether a call of ``module`` on the example is, op by op, what a graph recorded from one call says.
 
     Then both compute the same function, whatever the data: same operators, same arguments, same weights, in the same
     order. The forward runs as it would for the user (outside any tracing, tensors on their own device), but every
-    operator is answered by a tensor without contents. False proves nothing: the two may still agree.
+    operator is answered by a tensor without contents. False proves nothing: the two may still agree. None: the forward
+    raised, or reads what tensors hold.
 
     Args:
         graph: a recorded graph (``graph.mode`` is None), edited or not.
@@ -47,7 +48,7 @@ def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor
         leaves, out_spec = pytree.tree_flatten(result)
         tape.graph.output(tuple(tape.held(tape.meta(x)) if isinstance(x, torch.Tensor) else x for x in leaves))
     except Exception:  # user code; the check that computes reports what it raises
-        return False
+        return None
     finally:
         for m, flag in flags:
             m.training = flag
