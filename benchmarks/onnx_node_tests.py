@@ -7,7 +7,8 @@
 Cases: ``onnx.backend.test.case.node.collect_testcases`` as they are, with every input but the first baked as an
 initializer, and with all inputs baked (each only where it differs from the one before). Judge: the suite's expected
 outputs at the suite's tolerance, run by ONNX Runtime without its own graph rewrites, or by onnx's reference evaluator
-where ONNX Runtime cannot run the original; a case counts only where the unoptimised model passes. ``wrong``: the
+where ONNX Runtime cannot run the original; a case counts only where the unoptimised model passes (for ONNX Runtime's
+own offline levels: where it can run the original). ``wrong``: the
 optimised model gives other numbers, types or shapes. ``invalid``: the judge cannot run it, or its inputs or outputs
 have other names. ``crash``: the optimizer raised an exception or took its process down. ``timeout``: it took longer
 than that many seconds. Results are appended to FILE (JSON lines) as they come; what is in it is not run again.
@@ -352,7 +353,8 @@ def run(args: argparse.Namespace) -> None:
                     judges[key] = answer if answer in JUDGES else None
                     put(*key, "original", judges[key], "" if judges[key] else str(answer))
                 for tool in args.tools.split(","):
-                    if judges[key] is not None and (*key, tool) not in done:
+                    able = judges[key] == "onnxruntime" or not tool.startswith("onnxruntime")
+                    if judges[key] is not None and able and (*key, tool) not in done:
                         put(*key, tool, judges[key], worker.ask(index, variant, tool, judges[key]))
     worker.stop()
 

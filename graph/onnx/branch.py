@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -22,11 +21,13 @@ def inline_branch(g: ONNXGraph, node: Node, taken: bool) -> list[Node]:
     """
     native: ir.Node = node.native
     branch = native.attributes["then_branch" if taken else "else_branch"].as_graph()
+    stored = [_copied(g, value, branch) for value in list(branch.initializers.values())]
     results = list(branch.outputs)
-    for value in _own_values(branch):
-        value.name = fresh(g, value.name or "branch")
+    for node_inside in branch:
+        for value in node_inside.outputs:
+            if value.name:
+                value.name = fresh(g, value.name)
     branch.outputs.clear()
-    stored = list(branch.initializers.values())
     branch.initializers.clear()
     for value in stored:
         g.model.graph.initializers.add(value)
@@ -54,10 +55,21 @@ def inline_branch(g: ONNXGraph, node: Node, taken: bool) -> list[Node]:
     return [g.by_native[n] for n in inner if n in g.by_native]
 
 
-def _own_values(branch: ir.Graph) -> Iterator[ir.Value]:
-    yield from list(branch.initializers.values())
-    for node in branch:
-        yield from (v for v in node.outputs if v.name)
+def _copied(g: ONNXGraph, value: ir.Value, branch: ir.Graph) -> ir.Value:
+    """A twin of an initializer under a name of its own (the tensor of the file carries a name, so it is not shared)."""
+    tensor = value.const_value
+    assert tensor is not None
+    name = fresh(g, value.name or "branch")
+    twin = ir.Value(
+        name=name, shape=ir.Shape(onnx_native.tensor_shape(tensor)), type=ir.TensorType(tensor.dtype),
+        const_value=ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name),
+    )  # fmt: skip
+    for use in list(value.uses()):
+        use.node.replace_input_with(use.idx, twin)
+    for i, result in enumerate(branch.outputs):
+        if result is value:
+            branch.outputs[i] = twin
+    return twin
 
 
 def readable(node: Node, taken: bool) -> bool:

@@ -71,7 +71,7 @@ def merge_duplicates(g: ONNXGraph, *, smallest: int) -> dict[str, str]:
         smallest: floating tensors of fewer bytes stay apart (equal biases of two layers have nothing in common).
     """
     graph = g.model.graph
-    inner = {v for n in graph for v in onnx_native.captures(n, graph)}
+    inner = {v.native for n in g.nodes for v in n.captured}
     groups: dict[Hashable, list[ir.Value]] = {}
     for value in graph.initializers.values():
         tensor = value.const_value
@@ -100,7 +100,7 @@ def merge_duplicates(g: ONNXGraph, *, smallest: int) -> dict[str, str]:
 def drop_unused_tensors(g: ONNXGraph) -> list[str]:
     """Forget initializers that nothing reads and that are neither inputs nor outputs; their names."""
     graph = g.model.graph
-    inner = {v for n in graph for v in onnx_native.captures(n, graph)}
+    inner = {v.native for n in g.nodes for v in n.captured}
     unused = [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_input() and v not in inner]
     unused = [v for v in unused if not v.is_graph_output()]
     names = [v.name or "" for v in unused]

@@ -95,6 +95,8 @@ class ReshapePair(Rule):
             return None
         if shape.count(None) > 1 or 0 in shape or (x.shape is not None and 0 in x.shape) or x.is_const:
             return None
+        if env.graph.kind == "fx" and None not in shape and static(x) is None:
+            return None  # torch would fix the size that x leaves open
         return replaced(node, "reshape", x, {"shape": shape}, "a reshape of a reshape", [first], env)
 
 

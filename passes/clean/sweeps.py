@@ -47,8 +47,9 @@ class CommonSubexpression(Rule):
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
         graph = env.graph
         table = env.memo.get(self.name)
-        if table is None:
-            table = env.memo[self.name] = self._first_of_each(graph)
+        if table is None:  # a run visits the nodes in order; a window is asked about one of them alone
+            known = {} if graph.nodes[0] is node else self._first_of_each(graph)
+            table = env.memo[self.name] = known
         key = signature(graph, node)
         if key is None:
             return None
