@@ -6,10 +6,11 @@ Each model is exported plainly (torch's exporter as it is by default, its own op
 gains and layer scales random, so that no branch is the identity or hidden behind a zero). Then: ``foldline`` folds the
 file, ``foldline fx`` folds the module, which is then exported, and so do ``torch.fx fuse``
 (torch.fx.experimental.optimization.fuse) and ``own fuse`` (timm's reparameterize_model, the architectures' own
-methods; for LoRA the product added to the weight by hand); onnxslim, onnxsim, onnxoptimizer, onnxscript.optimizer and
+methods; for LoRA and SSF the merge written by hand); onnxslim, onnxsim, onnxoptimizer, onnxscript.optimizer and
 ONNX Runtime's offline levels get the file. Nodes of the file; milliseconds of one run in ONNX Runtime on one thread,
 its own optimizations on, all files in turn, the best of the rounds; error: largest difference from the plain export,
-relative to its largest output. ``lora`` is a ViT-tiny with low-rank side branches beside every projection.
+relative to its largest output. ``lora:NAME`` is a model with a low-rank side branch beside every linear and dense
+convolution, ``ssf:NAME`` one with a scale and shift per channel behind every linear, convolution and norm.
 Needs the extras timm, bench, and the peers.
 """
 
@@ -30,8 +31,11 @@ import fold_speed
 import numpy as np
 from fold_models import build
 
-MODELS = "mobileone_s0 ghostnetv3_100 repvgg_a2 fastvit_t8 repvit_m1 levit_128s lora".split()
-VIT = "vit_tiny_patch16_224"
+BASES = "vit_tiny_patch16_224 resnet50 mobilenetv2_100 mixer_s16_224".split()
+MODELS = [
+    *"mobileone_s0 ghostnetv3_100 repvgg_a2 fastvit_t8 repvit_m1 levit_128s".split(),
+    *(f"{kind}:{base}" for kind in ("lora", "ssf") for base in BASES),
+]
 PEERS = ("onnxslim", "onnxsim", "onnxoptimizer", "onnxscript")
 
 LEVELS = {"ort basic": "ORT_ENABLE_BASIC", "ort extended": "ORT_ENABLE_EXTENDED", "ort all": "ORT_ENABLE_ALL"}
@@ -43,15 +47,26 @@ for _name, _level in LEVELS.items():
 # ---- modules ---------------------------------------------------------------------------------------------------
 def plain(name: str) -> tuple[Any, Any]:
     """(module in eval mode, one image)."""
-    if name != "lora":
-        model, image = build(name)
-        return model.eval(), image
-    model, image = build(VIT)
-    return with_side_branches(model.eval()), image
+    kind, _, base = name.rpartition(":")
+    model, image = build(base)
+    return wrapped(model, {"lora": side_branch, "ssf": scale_shift}.get(kind)).eval(), image
 
 
-def with_side_branches(model: Any, rank: int = 8, scale: float = 2.0) -> Any:
-    """Every linear of the transformer's blocks with ``W x + scale * B A x`` beside it, as LoRA trains them."""
+def wrapped(model: Any, wrapper: Callable[[Any], Any] | None) -> Any:
+    """Every layer for which ``wrapper`` has something replaced by it, in place."""
+    import torch
+
+    torch.manual_seed(1)
+    for parent in list(model.modules()) if wrapper is not None else ():
+        for key, child in list(parent.named_children()):
+            made = None if wrapper is None else wrapper(child)
+            if made is not None:
+                setattr(parent, key, made)
+    return model
+
+
+def side_branch(layer: Any, rank: int = 8, scale: float = 0.5) -> Any:
+    """``W x + scale * B A x``, as LoRA trains it; for a convolution A has its kernel and B is pointwise."""
     import torch
     from torch import nn
 
@@ -59,32 +74,61 @@ def with_side_branches(model: Any, rank: int = 8, scale: float = 2.0) -> Any:
         def __init__(self, base: Any) -> None:
             super().__init__()
             self.base = base
-            self.a = nn.Linear(base.in_features, rank, bias=False)
-            self.b = nn.Linear(rank, base.out_features, bias=False)
+            if isinstance(base, nn.Linear):
+                self.a = nn.Linear(base.in_features, rank, bias=False)
+                self.b: nn.Module = nn.Linear(rank, base.out_features, bias=False)
+            else:
+                window = {"stride": base.stride, "padding": base.padding, "bias": False}
+                self.a = nn.Conv2d(base.in_channels, rank, base.kernel_size, **window)
+                self.b = nn.Conv2d(rank, base.out_channels, 1, bias=False)
 
         def forward(self, x: Any) -> Any:
             return self.base(x) + scale * self.b(self.a(x))
 
         def merged(self) -> Any:
             with torch.no_grad():
-                self.base.weight += scale * (self.b.weight @ self.a.weight)
+                self.base.weight += scale * (self.b.weight.flatten(1) @ self.a.weight.flatten(1)).view_as(
+                    self.base.weight
+                )
             return self.base
 
-    torch.manual_seed(1)
-    for block in model.blocks:
-        for parent, key in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-            setattr(parent, key, SideBranch(getattr(parent, key)))
-    return model.eval()
+    dense = type(layer) is nn.Conv2d and layer.groups == 1 and layer.dilation == (1, 1)
+    return SideBranch(layer) if type(layer) is nn.Linear or dense else None
+
+
+def scale_shift(layer: Any) -> Any:
+    """The layer's output times a scale, plus a shift, both per channel, as SSF trains them."""
+    import torch
+    from torch import nn
+
+    class ScaleShift(nn.Module):
+        def __init__(self, base: Any) -> None:
+            super().__init__()
+            self.base = base
+            shape = (len(base.weight), 1, 1) if isinstance(base, nn.Conv2d | nn.BatchNorm2d) else (len(base.weight),)
+            self.scale = nn.Parameter(torch.empty(shape).uniform_(0.7, 1.3))
+            self.shift = nn.Parameter(torch.empty(shape).normal_(0, 0.1))
+
+        def forward(self, x: Any) -> Any:
+            return self.base(x) * self.scale + self.shift
+
+        def merged(self) -> Any:
+            with torch.no_grad():
+                scale, base = self.scale.flatten(), self.base
+                old = torch.zeros_like(scale) if base.bias is None else base.bias
+                base.weight *= scale.view(-1, *[1] * (base.weight.ndim - 1))
+                base.bias = nn.Parameter(scale * old + self.shift.flatten())
+            return base
+
+    known = isinstance(layer, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.BatchNorm2d)
+    known = known and isinstance(getattr(layer, "act", None), nn.Identity | None)  # timm's norms may hold a relu
+    return ScaleShift(layer) if known and layer.weight is not None else None
 
 
 def own_fuse(name: str, model: Any, image: Any) -> Any:
-    """What the authors of the architecture do before inference."""
-    if name == "lora":
-        fused = copy.deepcopy(model)
-        for block in fused.blocks:
-            for parent, key in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-                setattr(parent, key, getattr(parent, key).merged())
-        return fused
+    """What the authors of the architecture or of the adapter do before inference."""
+    if ":" in name:
+        return wrapped(copy.deepcopy(model), lambda layer: layer.merged() if hasattr(layer, "merged") else None)
     from timm.utils import reparameterize_model
 
     return reparameterize_model(model)
@@ -168,11 +212,11 @@ def main() -> None:
     print("| model | made by | nodes | ms | error |\n|---|---|---|---|---|")
     for name in args.models:
         model, image = plain(name)
-        source = args.folder / f"{name}.onnx"
+        source = args.folder / f"{name.replace(chr(58), chr(95))}.onnx"
         export(model, image, source)
         files, failed = {"as exported": source}, dict[str, str]()
         for tool in args.tools:
-            target = args.folder / f"{name}.{tool.replace(' ', '_')}.onnx"
+            target = args.folder / f"{name.replace(':', '_')}.{tool.replace(' ', '_')}.onnx"
             why = make(tool, name, model, image, source, target)
             if why:
                 failed[tool] = why
