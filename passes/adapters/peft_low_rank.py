@@ -9,9 +9,9 @@ from .kinds import Array, Geometry, Options, Tensors
 from .peft_kinds import flat, like, method, transpose_if, whole
 
 
-def _product(t: Tensors, o: Options, a: str, b: str) -> Array:
-    """B A as [out, in * kernel] (embeddings: [rows, width])."""
-    return transpose_if(flat(t[b]) @ flat(t[a]), o)
+def _product(t: Tensors, o: Options, a: str, b: str, scale: float = 1.0) -> Array:
+    """A new array scale B A, [out, in * kernel] (embeddings: [rows, width])."""
+    return transpose_if((scale * flat(t[b])) @ flat(t[a]), o)
 
 
 def _names(t: Tensors, stem: str) -> tuple[str, str]:
@@ -39,8 +39,8 @@ def _lora_bias(b: Array, t: Tensors, o: Options) -> Array:
 def lora(w: Array, t: Tensors, g: Geometry, o: Options) -> Array:
     """W + s B A; DoRA: m (W + s B A) / norm of its rows; PiSSA, OLoRA: W without what the factors started from."""
     _plain_convolution(g)
-    delta = like(o["scale"] * _product(t, o, *_names(t, "lora")), w)
-    new = _residual(w, o) + delta
+    new = like(_product(t, o, *_names(t, "lora"), o["scale"]), w)
+    new += _residual(w, o)
     magnitude = next((t[k] for k in t if k.startswith("lora_magnitude_vector")), None)
     if magnitude is None:
         return new
