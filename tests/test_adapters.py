@@ -221,6 +221,20 @@ def test_the_exported_model_keeps_no_node_of_a_merged_adapter() -> None:
     assert relative(torch.from_numpy(np.array(got)), tuned(x)) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "bone"])
+def test_folding_the_captured_module_merges_its_adapters_too(kind: str) -> None:
+    model, x = net()
+    tuned = perturb(inserted(model, kind))
+    folded = P.fold(tuned, (x,)).model
+    assert type(folded) is Net and relative(folded(x), tuned(x)) < 1e-5
+    assert list(folded.state_dict()) == list(model.state_dict())
+    merged = P.merge_adapter(tuned).model.state_dict()
+    assert all(relative(folded.state_dict()[k], merged[k]) < 1e-6 for k in merged)
+    with pytest.raises(fl.ConstraintError, match="no adapters"):
+        P.adapter_of(folded)
+    assert len(fl.load(folded, (x,)).nodes) == len(fl.load(model, (x,)).nodes)
+
+
 def test_an_adapted_model_copies_pickles_and_reloads() -> None:
     model, x = net()
     tuned = perturb(inserted(model, "lora"))
@@ -230,7 +244,8 @@ def test_an_adapted_model_copies_pickles_and_reloads() -> None:
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), want)
     assert torch.equal(copy.deepcopy(tuned)(x), want)
-    fresh = inserted(model, "lora")
+    fresh = inserted(model, "lora", seed=1)
+    assert relative(perturb(copy.deepcopy(fresh))(x), want) > 1e-4
     fresh.load_state_dict(tuned.state_dict())
     assert torch.equal(fresh(x), want)
     left = fresh.load_state_dict(model.state_dict(), strict=False)

@@ -110,8 +110,7 @@ class WeightAdapter(nn.Module):
 def _attribute(name: str) -> property:
     def read(layer: Any) -> Any:
         stored = layer._parameters[name]
-        adapted: dict[str, tuple[str, str | None]] = layer.__dict__.get(ADAPTED, {})
-        for key, (weight, bias) in adapted.items():
+        for key, (weight, bias) in live(layer).items():
             if name == weight:
                 stored = layer._modules[key](stored)
             elif name == bias:
@@ -119,6 +118,12 @@ def _attribute(name: str) -> property:
         return stored
 
     return property(read)
+
+
+def live(layer: nn.Module) -> dict[str, tuple[str, str | None]]:
+    """{submodule: (weight, bias)} of the layer's weight adapters; one that was folded away is an nn.Identity now."""
+    known: dict[str, tuple[str, str | None]] = layer.__dict__.get(ADAPTED, {})
+    return {key: names for key, names in known.items() if isinstance(layer._modules.get(key), WeightAdapter)}
 
 
 class Box:
@@ -214,7 +219,7 @@ def attach(layer: nn.Module, weight: str, bias: str | None, adapter: WeightAdapt
 def reclass(layer: nn.Module) -> None:
     """Give a layer the class that its adapters need."""
     names: set[str] = set()
-    for key, (weight, bias) in layer.__dict__.get(ADAPTED, {}).items():
+    for key, (weight, bias) in live(layer).items():
         names.add(weight)
         if bias is not None and layer._modules[key].kind.bias is not None:  # type: ignore[union-attr]
             names.add(bias)
@@ -233,8 +238,8 @@ def detach(layer: nn.Module) -> None:
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, tuple[str, str | None]]]]:
     """(path, layer, {submodule: (weight, bias)}) of every layer with weight adapters."""
     for path, layer in model.named_modules():
-        if layer.__dict__.get(ADAPTED):
-            yield path, layer, layer.__dict__[ADAPTED]
+        if adapted := live(layer):
+            yield path, layer, adapted
 
 
 def weight_adapters(model: nn.Module) -> dict[str, WeightAdapter]:
@@ -252,7 +257,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     seen: set[int] = set()
     arrays: dict[int, np.ndarray] = {}
     for path, layer in model.named_modules():
-        adapted = layer.__dict__.get(ADAPTED, {})
+        adapted = live(layer)
         others = {**layer.__dict__.get(OUTPUTS, {}), **layer.__dict__.get(MIXES, {})}
         for key, (weight, bias) in {**adapted, **{k: (w, None) for k, w in others.items()}}.items():
             module = layer._modules[key]

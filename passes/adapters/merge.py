@@ -123,15 +123,17 @@ def merged(
     Raises:
         ConstraintError: another base, merged already, or not finite in the dtype.
     """
+    known = _merged.get(fingerprint)
+    if known and base_hash(weight) in known:
+        raise ConstraintError(
+            "this adapter has been merged into this weight already", node=target, hint="unmerge first"
+        )
     for entry in entries:
         check_foldable(entry)
-        moves_bias = entry.definition().bias is not None
-        found = base_hash(weight, bias if moves_bias else None)
-        if base_hash(weight) in _merged.get(fingerprint, ()):
-            raise ConstraintError(
-                "this adapter has been merged into this weight already", node=target, hint="unmerge first"
-            )
-        if entry.base is not None and found != entry.base and not any_base:
+        if entry.base is None or any_base:
+            continue
+        found = base_hash(weight, bias if entry.definition().bias is not None else None)
+        if found != entry.base:
             raise ConstraintError(
                 "the adapter belongs to another base weight (or has been merged into this one already)",
                 node=target,
@@ -211,7 +213,8 @@ def merge_into_module(
         assert stored is not None
         offset = None if name is None else layer._parameters.get(name.rpartition(".")[2])
         before = None if offset is None else to_numpy(offset)
-        w, b = merged(target, entries, to_numpy(stored, target), before, fingerprint, any_base)
+        # a model's own adapters were hashed against these very weights a moment ago
+        w, b = merged(target, entries, to_numpy(stored, target), before, fingerprint, any_base or own)
         work.append((layer, leaf, w))
         originals[target] = to_numpy(stored).copy()
         if name is not None and b is not None:
