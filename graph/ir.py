@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
@@ -51,6 +51,41 @@ class Weight:
         return self.load()
 
 
+class Uses(Collection[tuple["Node", int]]):
+    """The (node, input position) pairs that read a value, in order; each once. Adding and removing cost O(1).
+
+    Iterating goes over a copy, so that the value may be rewired meanwhile.
+    """
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, pairs: Iterable[tuple[Node, int]] = ()) -> None:
+        self._pairs: dict[tuple[Node, int], None] = dict.fromkeys(pairs)
+
+    def append(self, use: tuple[Node, int]) -> None:
+        """Add a pair at the end (once)."""
+        self._pairs[use] = None
+
+    def discard(self, use: tuple[Node, int]) -> None:
+        """Remove a pair, if it is there."""
+        self._pairs.pop(use, None)
+
+    def __iter__(self) -> Iterator[tuple[Node, int]]:
+        return iter(tuple(self._pairs))
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __contains__(self, use: object) -> bool:
+        return use in self._pairs
+
+    def __getitem__(self, index: int) -> tuple[Node, int]:
+        return tuple(self._pairs)[index] if index else next(iter(self._pairs))
+
+    def __repr__(self) -> str:
+        return f"Uses({[(node.name, i) for node, i in self._pairs]})"
+
+
 @dataclass(eq=False)
 class Value:
     """One edge of the graph: a tensor that a node makes, an input, or a weight.
@@ -67,7 +102,7 @@ class Value:
     dtype: str
     producer: Node | None = field(default=None, repr=False)
     index: int = 0
-    uses: list[tuple[Node, int]] = field(default_factory=list, repr=False)
+    uses: Uses = field(default_factory=Uses, repr=False)
     weight: Weight | None = field(default=None, repr=False)
     is_input: bool = False
     is_output: bool = False
@@ -273,7 +308,7 @@ class Graph(abc.ABC):
     def _link(self) -> None:
         """Recompute ``uses`` and ``producer`` of every value from the node list."""
         for known in self.values.values():
-            known.uses = []
+            known.uses = Uses()
         for n in self.nodes:
             for i, v in enumerate(n.inputs):
                 if v is not None:

@@ -52,7 +52,7 @@ def consistent(graph: FXGraph) -> None:
     for node in graph.nodes:
         for i, v in enumerate(node.inputs):
             if v is not None:
-                assert (node, i) in v.uses and v.uses.count((node, i)) == 1
+                assert list(v.uses).count((node, i)) == 1
                 assert v in seen or v.literal is not None, f"{node.name} reads {v.name} before it is made"
         seen |= set(node.outputs)
         for v in node.outputs:

@@ -122,7 +122,7 @@ class FXEdits(FXView):
         """Reread one canonical node after its fx call changed."""
         for i, v in enumerate(node.inputs):
             if v is not None:
-                v.uses = [u for u in v.uses if u != (node, i)]
+                v.uses.discard((node, i))
         literals = {v.name for v in node.inputs if v is not None and v.literal is not None}
         self._read_into(node)
         for name in literals - {v.name for v in node.inputs if v is not None}:
@@ -278,7 +278,7 @@ class FXEdits(FXView):
             )
         for i, v in enumerate(node.inputs):
             if v is not None:
-                v.uses = [u for u in v.uses if u != (node, i)]
+                v.uses.discard((node, i))
                 if v.literal is not None:
                     self.values.pop(v.name, None)
         for g in getitems:

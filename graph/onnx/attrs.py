@@ -184,7 +184,7 @@ def _constant(g: ONNXGraph, name: str, data: Any, dtype: Any) -> ir.Value:
 
 def place_before(g: ONNXGraph, node: Node, made: list[ir.Node]) -> None:
     g.model.graph.insert_before(node.native, made)
-    adopt(g, made, g.nodes.index(node), node.scope)
+    adopt(g, made, node.scope)
 
 
 def write_constant(g: ONNXGraph, node: Node, position: int, data: np.ndarray, label: str) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ..errors import ConstraintError
+from ..garbage import undisturbed
 from ..ir import Graph, Node, Value, Weight
+from . import copying as onnx_copying
 from . import edit as onnx_edit
 from . import extract as onnx_extract
 from . import load as onnx_load
@@ -19,6 +20,7 @@ from . import native as onnx_native
 from . import place as onnx_place
 from . import sizes as onnx_sizes
 from . import weights as onnx_weights
+from .names import load_weight, names_in, storage_key
 from .ops import Canon, canonicalize
 from .run import Session
 from .scope import location_of, scope_of
@@ -60,14 +62,31 @@ class ONNXGraph(Graph):
         self._sessions: dict[tuple[str, ...], Session] = {}
         self._tied: dict[Any, Weight] = {}
         self.taken: set[str] = set()
+        self.numbers: dict[str, int] = {}  # the next number to try behind a name that is taken
         self.resync()
         self.notes += self.table.notes
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes in topological order; the list is made anew when it is asked for after an edit."""
+        if self._stale:
+            known = self.by_native
+            self._nodes, self._stale = [known[n] for n in self.model.graph if n in known], False
+        return self._nodes
+
+    @nodes.setter
+    def nodes(self, nodes: list[Node]) -> None:
+        self._nodes, self._stale = nodes, False
+
+    def reorder(self) -> None:
+        """Nodes came or went."""
+        self._stale = True
 
     # ---- the view ------------------------------------------------------------------------------------------
     def resync(self) -> None:
         """Read the whole native graph again; objects that stand for the same native thing are kept."""
         graph = self.model.graph
-        self.taken = names_in(self.model)
+        self.taken, self.numbers = names_in(self.model), {}
         self.nodes, alive = [], set()
         readings = [(n, canonicalize(n, self.table)) for n in graph if not onnx_native.is_constant_node(n)]
         self.settled = dict.fromkeys(n for n, c in readings if self._is_settled(n, c))
@@ -149,9 +168,9 @@ class ONNXGraph(Graph):
 
     def reread(self, node: Node) -> None:
         """Read one node again after its native form changed, and repair the uses of its operands."""
-        for value in node.inputs:
+        for i, value in enumerate(node.inputs):
             if value is not None:
-                value.uses = [u for u in value.uses if u[0] is not node]
+                value.uses.discard((node, i))
         self._read(node, canonicalize(node.native, self.table))
         for i, value in enumerate(node.inputs):
             if value is not None:
@@ -201,7 +220,7 @@ class ONNXGraph(Graph):
             return weight
         kind = onnx_load.kind_of(native, tensor)
         weight = Weight(
-            value.name, onnx_native.tensor_shape(tensor), value.dtype, kind, lambda: _load(native), (value.name,),
+            value.name, onnx_native.tensor_shape(tensor), value.dtype, kind, lambda: load_weight(native), (value.name,),
             value, kind == "parameter" and tensor.dtype.is_floating_point(),
         )  # fmt: skip
         self._tied[key] = weight
@@ -305,22 +324,16 @@ class ONNXGraph(Graph):
 
     def settle(self) -> None:
         """Recompute shapes and view, removing nothing."""
-        self.table.update(self.dirty, self.moved)
-        self.dirty, self.moved = set(), set()
-        onnx_place.write_shapes(self)
-        self.resync()
+        with undisturbed():
+            self.table.update(self.dirty, self.moved)
+            self.dirty, self.moved = set(), set()
+            onnx_place.write_shapes(self)
+            self.resync()
         self.touch()
 
     def clone(self) -> ONNXGraph:
-        model = self.model.clone()
-        pairs = dict(zip(native_values(self.model), native_values(model), strict=True))
-        other = ONNXGraph(model, form=self.form, table=self.table.moved_to(model, pairs))
-        nodes = dict(zip(self.model.graph, model.graph, strict=True))
-        other.dirty = {nodes[n] for n in self.dirty if n in nodes}
-        other.moved = {pairs[v] for v in self.moved if v in pairs}
-        other.idle = [pairs[v] for v in self.idle if v in pairs]
-        other.source, other.baked, other.notes = self.source, self.baked, list(self.notes)
-        return other
+        with undisturbed():
+            return onnx_copying.clone(self)
 
     def inline(self) -> ONNXGraph:
         """A new graph in which calls of local functions are replaced by their bodies, so that rules see the ops."""
@@ -371,49 +384,14 @@ def load_onnx(model: str | Path | onnx.ModelProto | ir.Model, example_inputs: An
         ModelFileError: the file or its external data is missing, truncated or not ONNX.
         ConstraintError: the example inputs do not fit the model.
     """
-    native, form, source = onnx_load.read(model)
-    sizes = None
-    if example_inputs is not None:
-        bound = onnx_load.bind(example_inputs, native.graph)
-        sizes = {name: tuple(np.shape(x)) for name, x in bound.items()}
-    table = ShapeTable(native, sizes)
-    table.load()
-    graph = ONNXGraph(native, form=form, table=table)
-    graph.source = source
-    return graph
-
-
-def storage_key(native: ir.Value) -> Any:
-    """Equal for values that surely share their data: one tensor object, or one region of an external file."""
-    tensor = native.const_value if native.producer() is None else None
-    if tensor is None:
-        return native  # a Constant node
-    if isinstance(tensor, ir.ExternalTensor):
-        return (tensor.path, tensor.offset, tensor.length)
-    return id(tensor)
-
-
-def native_values(model: ir.Model) -> list[ir.Value]:
-    """All values of the main graph in a fixed order."""
-    graph = model.graph
-    return [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
-
-
-def names_in(model: ir.Model) -> set[str]:
-    """Every value and node name used anywhere in the model, subgraphs included."""
-    found: set[str] = set()
-    for graph in model.graphs():
-        found.update(v.name for v in graph.inputs if v.name)
-        found.update(graph.initializers)
-        for node in graph:
-            found.update(o.name for o in node.outputs if o.name)
-            if node.name:
-                found.add(node.name)
-    return found
-
-
-def _load(native: ir.Value) -> np.ndarray:
-    tensor = onnx_native.constant_tensor(native)
-    if tensor is None:
-        raise ConstraintError("the weight has been removed from the graph", value=native.name)
-    return tensor.numpy()
+    with undisturbed():
+        native, form, source = onnx_load.read(model)
+        sizes = None
+        if example_inputs is not None:
+            bound = onnx_load.bind(example_inputs, native.graph)
+            sizes = {name: tuple(np.shape(x)) for name, x in bound.items()}
+        table = ShapeTable(native, sizes)
+        table.load()
+        graph = ONNXGraph(native, form=form, table=table)
+        graph.source = source
+        return graph

@@ -20,7 +20,7 @@ RUN_LIMIT = 1 << 30
 
 def from_whole_model(table: ShapeTable) -> Found:
     """Shape inference (with data propagation) on a copy whose large weights are only declared, once per world."""
-    from .shapes import read_type
+    from .node_infer import read_type
 
     worlds = []
     for world in (0, 1):

@@ -11,8 +11,11 @@ import onnx
 import onnx_ir as ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+WITH_GRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+"""Operators of the standard domain that hold graphs of their own."""
 
 
+@functools.cache
 def dtype_name(dtype: ir.DataType | None) -> str:
     """numpy-style name: ``"float32"``, ``"bfloat16"``, ``"float8_e4m3fn"``, ``"string"``; ``""`` if unknown."""
     if dtype is None or dtype == ir.DataType.UNDEFINED:
@@ -96,6 +99,8 @@ def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
 
 def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
     """The graphs in the attributes of a node (not the nested ones below them)."""
+    if node.op_type not in WITH_GRAPHS and node.domain in STANDARD_DOMAINS:
+        return
     for attr in node.attributes.values():
         if attr.is_ref():
             continue

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def fresh(g: ONNXGraph, name: str) -> str:
-    unique, i = name, 1
+    unique, i = name, g.numbers.get(name, 1)
     while unique in g.taken or unique in g.values:
         unique, i = f"{name}_{i}", i + 1
+    g.numbers[name] = i
     g.taken.add(unique)
     return unique
 

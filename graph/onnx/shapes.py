@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.shape_inference import infer_node_outputs
 
 from ..errors import ConstraintError
 from ..ir import Dim
 from . import native
-from .eval import LIMIT, Elements, evaluate
+from .doubt import doubted
+from .eval import EVALUATED, LIMIT, Elements, evaluate
+from .node_infer import Memo, infer_node
 
 Sizes = tuple[int, ...]
 BATCH = 7
@@ -48,7 +47,7 @@ class ShapeTable:
         self.notes: list[str] = []
         self.declared: set[str] = set()
         self._resolved: dict[str, tuple[int, int] | None] = {}
-        self._types: dict[Any, Any] = {}
+        self.memo: Memo = {}
         self._seed(sizes or {})
 
     # ---- inputs --------------------------------------------------------------------------------------------
@@ -202,6 +201,8 @@ class ShapeTable:
                 a, b = (np.asarray(np.prod(x, dtype=np.int64)) for x in (a, b))
                 known = np.asarray(known.all())
             return [Elements(a, b, known, True)]
+        if node.op_type not in EVALUATED:
+            return None
         inputs = [None if v is None else self.elements.get(v) for v in node.inputs]
         if not inputs or any(e is None and v is not None for e, v in zip(inputs, node.inputs, strict=True)):
             return None
@@ -253,23 +254,23 @@ class ShapeTable:
         other.symbols, other.names, other.notes = dict(self.symbols), dict(self.names), list(self.notes)
         other.info = {new: self.info[v] for v, new in pairs.items() if v in self.info}
         other.elements = {new: self.elements[v] for v, new in pairs.items() if v in self.elements}
-        other.declared, other._resolved, other._types = set(self.declared), dict(self._resolved), self._types
+        other.declared, other._resolved, other.memo = set(self.declared), dict(self._resolved), self.memo
         return other
 
     # ---- inference -----------------------------------------------------------------------------------------
     def _infer(self, node: ir.Node) -> bool:
-        a = self._infer_world(node, 0)
+        a = infer_node(self, node, 0)
         infos = [self.info.get(v) for v in node.inputs if v is not None]
         static = all(i is not None and i.a == i.b for i in infos) and not any(
             v in self.elements and not self.elements[v].all_known for v in node.inputs if v is not None
         )
-        b = a if static else self._infer_world(node, 1)
+        b = a if static else infer_node(self, node, 1)
         done = True
-        for output in node.outputs:
+        for i, output in enumerate(node.outputs):
             if not output.name:
                 continue
-            shape_a, dtype = a.get(output.name, (None, ""))
-            shape_b = b.get(output.name, (None, ""))[0]
+            shape_a, dtype = a.get(i, (None, ""))
+            shape_b = b.get(i, (None, ""))[0] if static else doubted(self, node, shape_a, b.get(i, (None, ""))[0])
             dtype = dtype or native.dtype_name(output.dtype if output.type is not None else None)
             self.set(output, shape_a, shape_b, dtype)
             done = done and (shape_a is not None or not isinstance(output.type, (ir.TensorType, type(None))))
@@ -292,47 +293,6 @@ class ShapeTable:
         if b < 0:
             return f"{value.name}.{axis}"
         return self.names.setdefault((a, b), f"{value.name}.{axis}")
-
-    def _infer_world(self, node: ir.Node, world: int) -> dict[str, tuple[Sizes | None, str]]:
-        domain = "" if node.domain in native.STANDARD_DOMAINS else node.domain
-        opset = self.model.graph.opset_imports.get(domain, 0)
-        try:
-            schema = onnx.defs.get_schema(node.op_type, opset, domain)
-        except onnx.defs.SchemaError:
-            return {}
-        if node.op_identifier() in self.model.functions or any(True for _ in native.subgraphs(node)):
-            return {}  # whole-model inference knows functions and scopes
-        types: dict[str, onnx.TypeProto] = {}
-        data: dict[str, onnx.TensorProto] = {}
-        for value in node.inputs:
-            if value is None or not value.name:
-                continue
-            proto = self._type_proto(value, world)
-            if proto is None:
-                return {}
-            types[value.name] = proto
-            e = self.elements.get(value)
-            if e is not None:
-                data[value.name] = ir.serde.serialize_tensor(ir.tensor(np.ascontiguousarray(e.b if world else e.a)))
-        try:
-            found = infer_node_outputs(
-                schema, ir.serde.serialize_node(node), types, data,
-                opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in self.model.graph.opset_imports.items()],
-                ir_version=self.model.ir_version,
-            )  # fmt: skip
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-            return {}
-        return {name: read_type(t) for name, t in found.items()}
-
-    def _type_proto(self, value: ir.Value, world: int) -> onnx.TypeProto | None:
-        info = self.info.get(value)
-        if info is None or not info.dtype or (value.type is not None and not isinstance(value.type, ir.TensorType)):
-            return None if value.type is None else ir.serde.serialize_type(value.type)
-        shape = info.b if world else info.a
-        key = (info.dtype, shape)
-        if key not in self._types:
-            self._types[key] = onnx.helper.make_tensor_type_proto(native.dtype_of(info.dtype).value, shape)
-        return self._types[key]
 
     def _complete(self, missing: list[ir.Node]) -> None:
         """Whole-model inference, then one real run, for what single nodes could not tell."""
@@ -358,17 +318,6 @@ class ShapeTable:
             and isinstance(o.type, (ir.TensorType, type(None)))
             for o in node.outputs
         )
-
-
-def read_type(proto: onnx.TypeProto) -> tuple[Sizes | None, str]:
-    """(shape if every dimension is a number, dtype name) of a tensor type."""
-    if not proto.HasField("tensor_type"):
-        return None, ""
-    tensor = proto.tensor_type
-    dtype = native.dtype_name(ir.DataType(tensor.elem_type))
-    if not tensor.HasField("shape") or not all(d.HasField("dim_value") for d in tensor.shape.dim):
-        return None, dtype
-    return tuple(d.dim_value for d in tensor.shape.dim), dtype
 
 
 def _same(x: Elements | None, y: Elements | None) -> bool:

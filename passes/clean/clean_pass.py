@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from ...graph.garbage import undisturbed
 from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass
 from ..rewrite import Env, rewrite
@@ -42,6 +43,10 @@ class Clean(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Run the clean-up rules to their fixed point."""
+        with undisturbed():
+            return self._apply(graph, ctx)
+
+    def _apply(self, graph: Graph, ctx: Context) -> Outcome:
         rules = chosen(CLEAN_RULES, self.rules, but_whole(self.disable), self.name)
         whole = self.rules is None
         before = tidy_before(graph, self.disable) if whole else []

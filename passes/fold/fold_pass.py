@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from ...graph.garbage import undisturbed
 from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass
 from ..clean import CLEAN_RULES
@@ -55,6 +56,10 @@ class Fold(Pass):
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         """Fold what can be folded, to a fixed point; the graph's function stays the same to float tolerance."""
+        with undisturbed():
+            return self._apply(graph, ctx)
+
+    def _apply(self, graph: Graph, ctx: Context) -> Outcome:
         rules = chosen(self._all_rules(), self.rules, but_whole(self.disable), self.name)
         whole = self.clean and self.rules is None
         before = tidy_before(graph, self.disable) if whole else []

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...graph.errors import ConstraintError
+from ...graph.garbage import undisturbed
 from ...graph.ir import Graph, Node, Value
 from ..base import Decision
 from .rule import ANY, Env, Refusal, Rewrite, Rule
@@ -42,7 +43,8 @@ def rewrite(graph: Graph, rules: Sequence[Rule], env: Env) -> Log:
     ``env.windows`` a rewrite is first made on a small graph cut out round it and left undone where the numbers differ.
     The run ends early where ``env.ctx.fuel`` is used up.
     """
-    return _Run(graph, rules, env).run()
+    with undisturbed():
+        return _Run(graph, rules, env).run()
 
 
 class _Run:
