@@ -17,6 +17,8 @@ from .sinks import gain_shape
 from .sources import affine_of, data_operand, movers
 from .walk import Walk
 
+LONGEST_RUN = 8
+"""Affine nodes in a row that are tried as one."""
 NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
@@ -36,8 +38,6 @@ class FoldNorm(Rule):
 
     name: ClassVar[str] = "fold_norm"
     ops: ClassVar[tuple[str, ...]] = ("batch_norm",)
-    worth: ClassVar[int] = 2
-    """Additions that may be left in its place, plus one: a norm costs more than an addition."""
 
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
         affine = affine_of(node)
@@ -47,25 +47,12 @@ class FoldNorm(Rule):
         assert position is not None
         if node.op == "add" and _is_bias(node, position):
             return None
-        before = self._attempt(node, position, affine, env)
-        if not isinstance(before, Refusal):
-            return _removal(node, position, "before", *before)
-        behind = self._attempt(node, None, affine, env)
-        if not isinstance(behind, Refusal):
-            return _removal(node, position, "behind", *behind)
-        why = before.why if before.why != Why.GRAPH_INPUT else behind.why
-        return Refusal(f"before it: {before.reason}; behind it: {behind.reason}", before.node or behind.node, why)
-
-    def _attempt(self, node: Node, position: int | None, affine: Affine, env: Env) -> tuple[Walk, Finished] | Refusal:
-        """A walk up from an operand, or down from the output, that absorbs the map and pays."""
-        walk = Walk(env)
-        blocked = walk.down(node.output, affine) if position is None else walk.up(node, position, affine)
-        if blocked is not None:
-            return blocked
-        if inserted := walk.edits.inserted()[self.worth - 1 :]:
-            return Refusal(f"{inserted[0].name} has no bias: an addition would stand there instead", inserted[0].name)
-        done = walk.edits.finish()
-        return done if isinstance(done, Refusal) else (walk, done)
+        run, composed = _run(node, affine, env)
+        if len(run) > 1:
+            found = _absorb(run, composed, env)
+            if not isinstance(found, Refusal):
+                return found
+        return _absorb([node], affine, env)
 
 
 class FoldScaleShift(FoldNorm):
@@ -79,7 +66,6 @@ class FoldScaleShift(FoldNorm):
 
     name: ClassVar[str] = "fold_scale_shift"
     ops: ClassVar[tuple[str, ...]] = ("mul", "div", "add", "sub", "neg")
-    worth: ClassVar[int] = 1
 
 
 class PushGain(Rule):
@@ -99,7 +85,7 @@ class PushGain(Rule):
         affine = None if isinstance(shape, Refusal) else _gain(node, shape)
         if isinstance(shape, Refusal) or affine is None or affine.identity:
             return None
-        walk = Walk(env)
+        walk = Walk(env, arithmetic=False)
         if (blocked := walk.down(node.output, affine)) is not None:
             return blocked
         if lacking := [*walk.edits.created(), *walk.edits.inserted()]:
@@ -145,21 +131,62 @@ def _filled(value: float):  # type: ignore[no-untyped-def]
     return lambda a: np.full_like(a, value)
 
 
-def _removal(node: Node, position: int, side: str, walk: Walk, done: Finished) -> Rewrite:
-    """The rewrite that makes the edits and takes the node out."""
+def _run(node: Node, affine: Affine, env: Env) -> tuple[list[Node], Affine]:
+    """The affine nodes from ``node`` on that only each other read, and their composition: it is cast once."""
+    run = [node]
+    while len(run) < LONGEST_RUN:
+        made = run[-1].output
+        if made.is_output or id(made) in env.captured or len(made.uses) != 1:
+            break
+        user, position = made.uses[0]
+        found = affine_of(user)
+        if not isinstance(found, Affine) or position != data_operand(user):
+            break
+        affine = Affine.of(found.scale * affine.scale, found.scale * affine.shift + found.shift, affine.rank)
+        run.append(user)
+    return run, affine
+
+
+def _absorb(run: list[Node], affine: Affine, env: Env) -> Rewrite | Refusal:
+    """The rewrite that takes out a run of affine nodes: in front of it if possible, else behind it."""
+    first, last = run[0], run[-1]
+    position = data_operand(first)
+    assert position is not None
+    # a norm takes arithmetic beside it, not the other way round: so that the two do not end as arithmetic alone
+    arithmetic = all(n.op != "batch_norm" for n in run)
+    spare = sum(2 if n.op == "batch_norm" else 1 for n in run) - 1  # additions that may stand there instead
+    refusals = []
+    for side in ("before", "behind"):
+        walk = Walk(env, arithmetic=arithmetic)
+        blocked = walk.up(first, position, affine) if side == "before" else walk.down(last.output, affine)
+        if blocked is None and (inserted := walk.edits.inserted()[spare:]):
+            reason = f"{inserted[0].name} has no bias: an addition would stand there instead"
+            blocked = Refusal(reason, inserted[0].name)
+        done = walk.edits.finish() if blocked is None else blocked
+        if isinstance(done, Finished):
+            return _removal(run, position, side, walk, done)
+        refusals.append(done)
+    before, behind = refusals
+    why = behind.why if before.why in (Why.GRAPH_INPUT, Why.COMMUTE) else before.why
+    return Refusal(f"before it: {before.reason}; behind it: {behind.reason}", before.node or behind.node, why)
+
+
+def _removal(run: list[Node], position: int, side: str, walk: Walk, done: Finished) -> Rewrite:
+    """The rewrite that makes the edits and takes the nodes out."""
 
     def apply(graph: Graph) -> Sequence[Node]:
         touched = done.write(graph)
-        source = node.inputs[position]  # an addition may now stand behind the operator
+        source = run[0].inputs[position]  # an addition may now stand behind the operator
         assert isinstance(source, Value)
-        graph.replace_uses(node.output, source)
+        graph.replace_uses(run[-1].output, source)
         return touched
 
-    into = _absorbers(walk, node)
+    into = _absorbers(walk, run[0])
     biases = {n.name: _bias(walk, n) for n in walk.window if n.op in LINEAR_OPS and _touched(walk, n)}
     reason = f"absorbed by {', '.join(into)}, which stands {side} it" if into else "it changes nothing"
-    window = dict.fromkeys([node, *walk.window, *movers(node)])
-    return Rewrite(list(window), apply, "folded", reason, {"side": side, "into": into, "bias": biases})
+    window = dict.fromkeys([*run, *walk.window, *(m for n in run for m in movers(n))])
+    data = {"side": side, "into": into, "bias": biases}
+    return Rewrite(list(window), apply, "folded", reason, data)
 
 
 def _absorbers(walk: Walk, source: Node) -> list[str]:

@@ -73,9 +73,9 @@ def linear_down(walk: Walk, node: Node, position: int, affine: Affine) -> Affine
         return blocked
     if extra is None or not extra.any():
         return None
-    if node.input(2) is None and _added_behind(node):
+    if node.input(2) is None and added_behind(node) is not None:
         shape = [-1 if a == out_axis else 1 for a in range(node.output.rank or 0)]
-        return walk.down(node.output, Affine.of(1.0, extra.reshape(shape), len(shape)))
+        return shift_behind(walk, node, extra.reshape(shape))
     _change_bias(walk.edits, node, out_axis, np.ones(sizes[1]), extra / beta)
     return None
 
@@ -160,11 +160,26 @@ def takes_bias(node: Node) -> bool:
     return node.op == "conv" or node.origin == "Gemm" or node.origin.startswith("aten.linear")
 
 
-def _added_behind(node: Node) -> bool:
-    """Whether one addition of a constant is all that reads the output: the bias of a matrix product."""
+def added_behind(node: Node) -> tuple[Node, int] | None:
+    """The addition of a constant that is all that reads the output, and the constant's position there.
+
+    That is how a matrix product has a bias.
+    """
     readers = [(user, k) for user, k in node.output.uses if user.op != "shape_of"]
     if node.output.is_output or len(readers) != 1:
-        return False
+        return None
     user, k = readers[0]
     other = user.input(1 - k) if user.op == "add" and len(user.inputs) == 2 else None
-    return other is not None and other.is_const and float(user.attrs.get("alpha", 1.0)) == 1.0
+    fits = other is not None and other.is_const and float(user.attrs.get("alpha", 1.0)) == 1.0
+    return (user, 1 - k) if fits else None
+
+
+def shift_behind(walk: Walk, node: Node, shift: np.ndarray) -> Refusal | None:
+    """A shift behind a product: into the constant that is added there, or on its way further down."""
+    from .sinks import into_constant
+
+    bias = added_behind(node)
+    if bias is None:
+        return walk.down(node.output, Affine.of(1.0, shift, shift.ndim))
+    walk.window[bias[0]] = None
+    return into_constant(walk.edits, *bias, Affine(np.ones((1,) * shift.ndim), shift))

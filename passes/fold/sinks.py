@@ -16,13 +16,14 @@ from ...graph.ops.carry import Stuck
 from .affine import Affine, Refusal, Why, constant
 from .bilinear import lay_letters, letters
 from .edits import Edits, changeable
-from .linear_sinks import linear_down, linear_up
+from .linear_sinks import linear_down, linear_up, shift_behind
 
 if TYPE_CHECKING:
     from .walk import Walk
 
 GROWN = 1 << 16
 """Elements to which a constant may grow that absorbs a map over more axes than its own."""
+ARITHMETIC = ("add", "sub", "mul", "div")
 BROADCASTING = ("add", "sub", "mul", "div", "maximum", "minimum", "maxn", "minn", "where")
 
 
@@ -246,7 +247,7 @@ def _shift_down(
         blocked = into_constant(walk.edits, node, 1 - position, Affine(part, np.zeros((1,) * part.ndim)))
         if blocked is not None:
             return blocked
-    return walk.down(node.output, Affine.of(1.0, extra, extra.ndim))
+    return shift_behind(walk, node, extra)
 
 
 UP: dict[str, Callable[[Walk, Node, Affine], Refusal | None]] = {

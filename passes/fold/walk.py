@@ -26,8 +26,10 @@ class Walk:
         window: every node passed, changed or relied on, in the order of the walk.
     """
 
-    def __init__(self, env: Env) -> None:
+    def __init__(self, env: Env, *, arithmetic: bool = True) -> None:
+        """``arithmetic``: also let constants that are added or multiplied further down take the map."""
         self.env = env
+        self.arithmetic = arithmetic
         self.edits = Edits()
         self.window: dict[Node, None] = {}
         self.steps = 0
@@ -51,7 +53,7 @@ class Walk:
         if producer.op in sinks.UP:
             return sinks.UP[producer.op](self, producer, affine)
         first = producer.inputs[0] if producer.inputs else None
-        shared = first is not None and len(_data_uses(first)) > 1
+        shared = first is not None and not first.is_const and len(_data_uses(first)) > 1
         ways = travel.up(producer, value.index, affine, shared)
         if isinstance(ways, Refusal):
             return ways
@@ -109,7 +111,7 @@ class Walk:
     def _into(self, user: Node, position: int, affine: Affine) -> Refusal | None:
         if (blocked := self._step(user)) is not None:
             return blocked
-        if user.op in sinks.DOWN:
+        if user.op in sinks.DOWN and (self.arithmetic or user.op not in sinks.ARITHMETIC):
             left = sinks.DOWN[user.op](self, user, position, affine)
             if isinstance(left, Refusal):
                 return left
