@@ -31,10 +31,11 @@ class Speller:
         self.opset = opset_of(g)
         self.made: list[ir.Node] = []
 
-    def emit(self, op_type: str, inputs: Operands, results: int = 1, **attrs: Any) -> ir.Value:
-        """Append a node; attributes are plain data, None leaves one out."""
+    def emit(self, op_type: str, inputs: Operands, **attrs: Any) -> ir.Value:
+        """Append a node (of ``results`` outputs); attributes are plain data, None leaves one out."""
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
+        results = attrs.pop("results", 1)
         given = [_attr(k, v) for k, v in attrs.items() if v is not None]
         self.made.append(ir.Node("", op_type, list(inputs), given, num_outputs=results))
         return self.made[-1].outputs[0]
@@ -217,8 +218,8 @@ def _slice(s: Speller, a: dict[str, Any]) -> None:
 
 def _split(s: Speller, a: dict[str, Any]) -> None:
     sizes, listed = [int(v) for v in a["sizes"]], s.opset >= 13
-    operands = [s.operands[0], s.const(sizes, np.int64)] if listed else [s.operands[0]]
-    s.emit("Split", operands, len(sizes), axis=int(a["axis"]), split=None if listed else sizes)
+    split = {"axis": int(a["axis"]), "split": None if listed else sizes, "results": len(sizes)}
+    s.emit("Split", [s.operands[0], *([s.const(sizes, np.int64)] if listed else [])], **split)
 
 
 def _flip(s: Speller, a: dict[str, Any]) -> None:

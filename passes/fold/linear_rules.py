@@ -113,6 +113,7 @@ class MergeFlattened(Rule):
         if not all(isinstance(d, int) for d in (*made, *read)) or last.form.inputs != math.prod(map(int, made)):
             return Refusal(f"the sizes of {inner.name} vary", before.name, Why.SHAPE)
         width = math.prod(map(int, read))
+        batch = source.shape[0] if isinstance(source.shape[0], int) else None
         rows = positions(node.output, last.form.outputs)
         size = last.form.outputs * width
         if not self.grow and (rows * size > first.work + last.work or size > first.stored + last.stored):
@@ -129,9 +130,8 @@ class MergeFlattened(Rule):
             return new
 
         def apply(graph: Graph) -> Sequence[Node]:
-            sizes = [d if isinstance(d, int) else None for d in source.shape[:1]]
             made = graph.insert(
-                "reshape", [source], {"shape": [*sizes, width]}, name=reshape.name, after=before, scope=node.scope
+                "reshape", [source], {"shape": [batch, width]}, name=reshape.name, after=before, scope=node.scope
             )
             take_over(graph, new, kernel.form, made.output, node.output)
             return [node, made]
