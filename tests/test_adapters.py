@@ -388,3 +388,11 @@ def test_penalties_are_the_kinds_own() -> None:
     assert float(penalty(inserted(model, "lora"))) == 0
     loose = perturb(inserted(model, "sorsa"))
     assert float(penalty(inserted(model, "sorsa")).detach()) < 1e-6 < float(penalty(loose).detach())
+
+
+def test_the_documentation_lists_every_kind() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    for name, kind in kinds().items():
+        if not name.startswith("peft_"):
+            row = next((line for line in text.splitlines() if line.startswith(f"| `{name}` |")), "")
+            assert row.endswith(f"| {'yes' if kind.foldable else 'no'} | {kind.paper} |"), name
