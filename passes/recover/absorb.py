@@ -46,7 +46,8 @@ def absorb(graph: Graph, reference: Reference, ridge: float, inputs: Mapping[str
 
 def input_moments(original: Graph) -> dict[str, Moments]:
     """Moments of what each linear operator reads, by node name, where they are known."""
-    moments, found = Propagation(original), {}
+    moments = Propagation(original)
+    found: dict[str, Moments] = {}
     with torch.no_grad():
         for node in original.nodes:
             if node.op in LINEAR and (x := moments.of(node.input(0))) is not None:
