@@ -129,6 +129,15 @@ def _move_output(g: ONNXGraph, old: Value, new: Value) -> None:
         g.outputs[i] = out
 
 
+def _let_go(native: ir.Node) -> None:
+    """Let the subgraphs of a node read nothing any more, the nested ones too."""
+    for graph in onnx_native.subgraphs(native):
+        for inner in list(graph):
+            _let_go(inner)
+            for i in range(len(inner.inputs)):
+                inner.replace_input_with(i, None)
+
+
 # ---- nodes -------------------------------------------------------------------------------------------------
 def insert(
     g: ONNXGraph,
@@ -165,10 +174,7 @@ def erase(g: ONNXGraph, node: Node) -> None:
             )  # fmt: skip
     operands = [v for v in native.inputs if v is not None]
     operands += onnx_native.captures(native, g.model.graph)
-    for graph in onnx_native.subgraphs(native):
-        for inner in list(graph):
-            for i in range(len(inner.inputs)):
-                inner.replace_input_with(i, None)
+    _let_go(native)
     g.model.graph.remove(native, safe=True)
     g.reorder()
     for i, held in enumerate(node.inputs):
