@@ -78,6 +78,7 @@ class _Run:
                     self._visit(node)
             if len(self.log.applied) > before:  # rules look further than one node: all are asked once more
                 self._queue(self.graph.nodes)
+                self.env.look_again()
         self.log.refused = list(self.refusals.values())
         return self.log
 

@@ -89,7 +89,12 @@ class Env:
         self.ctx = ctx
         self.windows = windows
         self.memo: dict[str, Any] = {}
-        self.captured: set[int] = {id(v) for node in graph.nodes for v in node.captured}
+        self.captured: set[int] = set()
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Find out anew which values subgraphs read: some may be gone (a rule that adds any adds them here itself)."""
+        self.captured = {id(v) for node in self.graph.nodes for v in node.captured}
 
     def sole_reader(self, value: Value, reader: Node) -> Refusal | None:
         """Why ``value`` may not change under ``reader``: somebody besides it sees its numbers. None: nobody does."""
