@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -405,6 +406,64 @@ def test_a_wrong_tap_offset_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_place", aside)
     with pytest.raises(AssertionError):
         check(repvgg(), "onnx")
+
+
+def test_a_default_that_callers_may_override_is_no_constant() -> None:
+    model = as_onnx(repvgg(), [1, 1, 1])
+    name = "b2_0_weight"
+    stored = next(t for t in model.graph.initializer if t.name == name)
+    shape = list(stored.dims)
+    model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    before = load(model)
+    after, _ = merge(before)
+    own = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    for weight in (onnx.numpy_helper.to_array(stored), own):
+        same(before, after, {"x": data().numpy(), name: weight})
+    assert [v.name for v in after.inputs] == ["x", name] and ops(after).count("conv") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_keep_their_dtype(dtype: torch.dtype) -> None:
+    model, x = fill(PoolWithoutBorder(True)).eval().to(dtype), data().to(dtype)
+    before = load(model, (x,))
+    after, _ = merge(before)
+    (weight,) = (w for w in after.weights.values() if len(w.shape) == 4)
+    assert weight.dtype == str(dtype).removeprefix("torch.") and ops(after) == ["conv"]
+    with torch.no_grad():
+        got, exact = after.to_model()(x).double(), model.double()(x.double())
+    assert float((got - exact).abs().max()) < 4 * torch.finfo(dtype).eps * float(exact.abs().max())
+
+
+def test_a_weight_that_leaves_the_range_of_its_dtype_is_left() -> None:
+    model = fill(PoolWithoutBorder(True)).eval().half()
+    with torch.no_grad():
+        model.conv.weight[0, 0, 1, 1] = torch.finfo(torch.float16).max
+        model.pool = nn.Identity()
+        x = torch.zeros(1, 4, 5, 5).half()
+    double = nn.Sequential()
+    double.add_module("twice", Twice(model.conv))
+    before = load(double.eval(), (x,))
+    after, log = merge(before)
+    assert ops(after) == ops(before) and any("dtype" in d.reason for d in log.refused)
+
+
+class Twice(nn.Module):
+    """Two equal convolutions added: their sum is twice the weight."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.a, self.b = conv, copy.deepcopy(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_a_long_sum_takes_no_recursion() -> None:
+    g = rng()
+    branches = [[conv(g, C, C, groups=C)] for _ in range(1500)]
+    before = load(as_onnx(branches, [1] * len(branches)))
+    after, _ = merge(before)
+    assert ops(after) == ["relu", "conv", "relu"]
 
 
 class Padded(nn.Module):

@@ -145,7 +145,7 @@ class MergeBranches(Rule):
         env: Env,
     ) -> Rewrite | Refusal | None:
         inner = list(dict.fromkeys(n for _, branch in taken for n in branch.nodes))
-        host = host_among([item for _, branch in taken for item in branch.links], inner)
+        host = host_among([item for _, branch in taken for item in branch.links], inner, form.outputs)
         if host is None or isinstance(host, Refusal):
             return host
         merged = {id(leaf) for leaf, _ in taken}

@@ -28,10 +28,15 @@ class Host:
     slot: BiasSlot
 
 
-def host_among(links: Sequence[Link], window: Sequence[Node]) -> Host | Refusal | None:
-    """The operator with the largest weight that may be changed; None where there is no convolution or linear."""
+def host_among(links: Sequence[Link], window: Sequence[Node], outputs: int) -> Host | Refusal | None:
+    """The operator with the largest weight that may be changed; None where there is no convolution or linear.
+
+    A linear must write ``outputs`` channels already: an addition may have to hold its bias.
+    """
     refused: Refusal | None = None
     for item in sorted((x for x in links if x.node.op in WEIGHTED), key=lambda x: -x.form.size):
+        if item.node.op == "linear" and item.form.outputs != outputs:
+            continue
         stored = stored_weight(item.node)
         if not isinstance(stored, Weight):
             refused = refused or Refusal(stored.reason, stored.node, Why.TIED)

@@ -55,7 +55,7 @@ class MergeChain(Rule):
             reason = f"one operator would take {cost} multiply-accumulates, the two take {whole.work}"
             return Refusal(reason, nodes[-1].name, Why.SIZE)
         behind = [user for user, _ in node.output.uses]
-        host = host_among(whole.links[:1], behind)
+        host = host_among(whole.links[:1], behind, form.outputs)
         if host is None or isinstance(host, Refusal):
             return host
         kernel = add([whole.load()], [1.0], form)
@@ -119,7 +119,7 @@ class MergeFlattened(Rule):
         if not self.grow and (rows * size > first.work + last.work or size > first.stored + last.stored):
             reason = f"one linear would take {rows * size} multiply-accumulates, the two take {first.work + last.work}"
             return Refusal(reason, before.name, Why.SIZE)
-        host = host_among([last], [user for user, _ in node.output.uses])
+        host = host_among([last], [user for user, _ in node.output.uses], last.form.outputs)
         if host is None or isinstance(host, Refusal):
             return host
         kernel = through(last.load(), first.load(), [int(d) for d in read[1:]], [int(d) for d in made[1:]])
