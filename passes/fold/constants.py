@@ -25,8 +25,7 @@ MOVES = frozenset(
     "reshape transpose squeeze unsqueeze expand identity concat stack split unbind slice select gather flip roll tile "
     "repeat_interleave cast full full_like arange pad".split()
 )
-"""Ops without arithmetic. In a module they cost next to nothing, and storing their result would cost the module its
-class; they are folded there only for :data:`READERS`."""
+"""Ops without arithmetic. In a module they cost next to nothing, and storing their result may cost it its class."""
 
 FREE = 1 << 20
 """Bytes up to which a result may be stored although it is larger than what it is computed from."""
@@ -79,7 +78,8 @@ class ConstantSubgraph(Rule):
     adapters beside a weight, hypernetworks with a bound input, hash-shared weights and random subspaces all are such
     functions. Computed in float64, rounded once to the dtype the value had; integers as they are.
     Conditions: every leaf is a weight or a literal, at least one of them a weight (or the result is an operand of a
-    linear operator or a norm); every op is deterministic.
+    linear operator or a norm); every op is deterministic. In a module the result must be an operand of a layer that
+    stores such a tensor (ONNX: any); ``Materialise`` takes the others too.
     Refuses: random ops, ops in training mode, control flow, quantize and dequantize (a quantization is worth keeping),
     values that subgraphs or computed sizes read, and results much larger than the weights they replace.
     """
@@ -87,9 +87,21 @@ class ConstantSubgraph(Rule):
     name = "constant_subgraph"
     ops = tuple(op for op in known_ops() if op not in RUNTIME and op not in ("shape_of", "scalar"))
 
-    def __init__(self, *, free: int = FREE, budget: int = BUDGET, growth: float = GROWTH, within: str = "") -> None:
-        """``free``, ``budget`` (bytes) and ``growth`` set the size guard; ``within``: only what this scope reads."""
+    def __init__(
+        self,
+        *,
+        free: int = FREE,
+        budget: int = BUDGET,
+        growth: float = GROWTH,
+        within: str = "",
+        everywhere: bool = False,
+    ) -> None:
+        """``free``, ``budget`` (bytes) and ``growth`` set the size guard.
+
+        ``within``: only what this scope reads. ``everywhere``: in modules, too, what no layer of :data:`READERS` reads.
+        """
         self.free, self.budget, self.growth, self.within = free, budget, growth, within
+        self.everywhere = everywhere
 
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
         """Anchored at a node whose operands are all stored: every constant subgraph has one."""
@@ -139,16 +151,18 @@ class ConstantSubgraph(Rule):
         outside = [(user, i) for user, i in root.uses if user not in set(found.nodes)]
         if self.within and not any((u.scope + ".").startswith(self.within + ".") for u, _ in outside):
             return False
-        if any(position >= READERS.get(user.op, 99) for user, position in outside):
+        read = any(position >= READERS.get(user.op, 99) for user, position in outside)
+        cone = found.cone(root)
+        if graph.kind == "fx" and not self.everywhere:
+            # elsewhere a module has no place for a stored tensor: it would lose its class for a few small operations
+            return read and any(node.op not in MOVES for node in cone)
+        if read:
             return True
         if root.dtype in ("float16", "bfloat16") and graph.kind == "onnx":
             return False  # no weight of a layer: rounded once it has other digits than rounded at every node
-        cone = found.cone(root)
         if not any(v is not None and v.weight is not None for node in cone for v in node.inputs):
             return False
-        if not outside and len(cone) == 1 and cone[0].op == "identity":
-            return False  # an output that repeats a weight
-        return graph.kind != "fx" or any(node.op not in MOVES for node in cone)
+        return not (not outside and len(cone) == 1 and cone[0].op == "identity")  # an output that repeats a weight
 
     def _affordable(self, grown: int, found: _Component, roots: Sequence[Value], spent: int) -> bool:
         if grown <= 0:

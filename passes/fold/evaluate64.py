@@ -31,8 +31,10 @@ PLAIN = frozenset("GatherND ScatterND ScatterElements Trilu EyeLike Compress Rev
 
 def evaluable(graph: Graph, node: Node) -> bool:
     """Whether a node is a deterministic function of its operands that :func:`evaluate64` can compute."""
-    if node.op in RUNTIME or node.captured or node.attrs.get("training"):
+    if node.op in RUNTIME or node.captured:
         return False
+    if node.attrs.get("training") and (node.op != "batch_norm" or node.input(3) is not None):
+        return False  # a batch norm without running statistics learns nothing: weight standardization is written so
     if node.op == "identity" and node.attrs.get("fn") == "dropout" and graph.kind == "fx":
         return False  # it drops in training, and what comes back may be trained
     if graph.kind == "onnx" and node.op == "opaque" and node.origin not in PLAIN:

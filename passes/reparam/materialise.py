@@ -25,13 +25,15 @@ class Materialise(Pass):
     """Bytes that the model may grow by in all."""
     within: str = ""
     """Only what layers under this path read."""
+    everywhere: bool = True
+    """Also what no layer stores (position biases, decay rates): an ``nn.Module`` then comes back as a GraphModule."""
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         from ..clean.sweeps import DeadCode
         from ..fold.constants import ConstantSubgraph
         from ..rewrite import Env, rewrite
 
-        rule = ConstantSubgraph(free=self.budget, budget=self.budget, within=self.within)
+        rule = ConstantSubgraph(free=self.budget, budget=self.budget, within=self.within, everywhere=self.everywhere)
         log = rewrite(graph, [DeadCode(), rule], Env(graph, ctx))
         if log.applied:
             graph.refresh()
