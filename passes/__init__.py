@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .adapters.attach import adapter_of
     from .adapters.insert import InsertAdapter, insert_adapter
     from .adapters.merge import MergeAdapter, merge_adapter, unmerge_adapter
+    from .adapters.peft import load_peft
     from .base import Context, Contract, Decision, Needs, Outcome, Pass, as_function
     from .clean.clean_pass import Clean
     from .finetune import FineTune
@@ -32,10 +33,15 @@ if TYPE_CHECKING:
     from .quantize import Quantize
     from .recover import Recover
     from .registry import get, names
+    from .reparam.bind import Bind
+    from .reparam.insert import Reparametrize
+    from .reparam.materialise import Materialise
+    from .reparam.subspace import load_subspace, save_subspace
     from .report import Report
     from .result import Result
 
     clean: Callable[..., Result]
+    bind: Callable[..., Result]
     cut: Callable[..., Result]
     drop_blocks: Callable[..., Result]
     finetune: Callable[..., Result]
@@ -45,16 +51,19 @@ if TYPE_CHECKING:
     insert_dynamic_channel_gate: Callable[..., Result]
     insert_linear_op: Callable[..., Result]
     lower: Callable[..., Result]
+    materialise: Callable[..., Result]
     prune: Callable[..., Result]
     prune_iteratively: Callable[..., Result]
     quantize: Callable[..., Result]
     recover: Callable[..., Result]
     reinitialize: Callable[..., Result]
+    reparametrize: Callable[..., Result]
     select: Callable[..., Result]
     shared_mask: Callable[..., Result]
 
 __all__ = [
     "Adapter",
+    "Bind",
     "Clean",
     "Context",
     "Contract",
@@ -69,6 +78,7 @@ __all__ = [
     "InsertDynamicChannelGate",
     "InsertLinearOp",
     "Lower",
+    "Materialise",
     "MergeAdapter",
     "Needs",
     "Outcome",
@@ -79,6 +89,7 @@ __all__ = [
     "Quantize",
     "Recover",
     "Reinitialize",
+    "Reparametrize",
     "Report",
     "Result",
     "Select",
@@ -87,6 +98,7 @@ __all__ = [
     "absorb_removed",
     "adapter_of",
     "as_function",
+    "bind",
     "clean",
     "compare_with_scratch",
     "cut",
@@ -101,7 +113,10 @@ __all__ = [
     "insert_adapter",
     "insert_dynamic_channel_gate",
     "insert_linear_op",
+    "load_peft",
+    "load_subspace",
     "lower",
+    "materialise",
     "merge_adapter",
     "names",
     "prune",
@@ -110,6 +125,8 @@ __all__ = [
     "recover",
     "regularize",
     "reinitialize",
+    "reparametrize",
+    "save_subspace",
     "select",
     "shared_mask",
     "unmerge_adapter",
@@ -120,6 +137,8 @@ _HOME = {
     **dict.fromkeys(["get", "names"], ".registry"),
     **dict.fromkeys(["merge_adapter", "unmerge_adapter"], ".adapters.merge"),
     "Adapter": ".adapters.adapter",
+    "load_peft": ".adapters.peft",
+    **dict.fromkeys(["load_subspace", "save_subspace"], ".reparam.subspace"),
     "Pipeline": ".pipeline",
     "adapter_of": ".adapters.attach",
     **dict.fromkeys(["absorb_removed", "regularize"], ".prune.regularize"),
