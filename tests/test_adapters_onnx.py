@@ -136,6 +136,34 @@ def test_an_adapter_trained_in_torch_merges_into_the_exported_file() -> None:
         P.merge_adapter(file)
 
 
+def test_weights_that_an_exporter_transposed_and_renamed_are_found_by_their_layer() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)).eval()
+    x = torch.randn(2, 3, 6)
+    file = exported(net, (x,))
+    assert "2.weight" not in {t.name for t in file.graph.initializer}
+    tuned = P.insert_adapter(net, kind="dora", rank=2, options={"per": "in"}).model
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+        want = tuned(x).numpy()
+    merged = P.merge_adapter(file, P.adapter_of(tuned))
+    feed = {file.graph.input[0].name: x.numpy()}
+    assert relative(np.asarray(fl.load(merged.model).run(feed)[0][0]), want) < 1e-5  # type: ignore[attr-defined]
+    back = {t.name: onnx.numpy_helper.to_array(t) for t in merged.unmerge().graph.initializer}
+    assert all(np.array_equal(back[t.name], onnx.numpy_helper.to_array(t)) for t in file.graph.initializer)
+    with pytest.raises(fl.ConstraintError, match="already"):
+        P.merge_adapter(merged.model, P.adapter_of(tuned))
+    with torch.no_grad():
+        net[3].weight.copy_(net[2].weight)  # equal tensors are stored once
+    twice = exported(net, (x,))
+    assert len(twice.graph.initializer) < len(file.graph.initializer)
+    only = P.insert_adapter(net, kind="lora", rank=2, targets=["2"]).model
+    with pytest.raises(fl.ConstraintError, match="another layer"):
+        P.merge_adapter(twice, P.adapter_of(only))
+
+
 def test_bad_input_is_refused_by_name(model: onnx.ModelProto) -> None:
     with pytest.raises(fl.ConstraintError, match="no branch"):
         P.insert_adapter(model, kind="dora")

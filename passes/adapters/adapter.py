@@ -30,6 +30,7 @@ class Entry:
         view: how the layer stores the weight.
         bias: name of the stored bias, where the layer has one or the kind makes one.
         base: hash of the base weight (and bias) that it was trained on; None if unknown.
+        aliases: every name of the target in the model it was trained in (tied weights have several), if known.
     """
 
     target: str
@@ -39,6 +40,7 @@ class Entry:
     view: View = field(default_factory=View)
     bias: str | None = None
     base: str | None = None
+    aliases: tuple[str, ...] = ()
 
     def definition(self) -> AdapterKind:
         """The kind itself."""
@@ -108,6 +110,7 @@ class Adapter:
                     "view": entry.view.to_dict(),
                     "bias": entry.bias,
                     "base": entry.base,
+                    "aliases": list(entry.aliases),
                     "tensors": names,
                 }
             )
@@ -139,9 +142,9 @@ class Adapter:
         for item in json.loads(meta["entries"]):
             tensors = {name: data[key] for name, key in item["tensors"].items()}
             view = View.from_dict(item["view"])
-            entries.append(
-                Entry(item["target"], item["kind"], tensors, item["options"], view, item["bias"], item["base"])
-            )
+            made = Entry(item["target"], item["kind"], tensors, item["options"], view, item["bias"], item["base"])
+            made.aliases = tuple(item.get("aliases", ()))
+            entries.append(made)
         return cls(entries)
 
 

@@ -255,6 +255,9 @@ def adapter_of(model: nn.Module) -> Adapter:
     """
     entries: list[Entry] = []
     seen: set[int] = set()
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
     arrays: dict[int, np.ndarray] = {}
     for path, layer in model.named_modules():
         adapted = live(layer)
@@ -263,7 +266,9 @@ def adapter_of(model: nn.Module) -> Adapter:
             module = layer._modules[key]
             if id(module) not in seen:
                 seen.add(id(module))
-                entries.append(_entry(path, layer, weight, bias, module, arrays))
+                made = _entry(path, layer, weight, bias, module, arrays)
+                made.aliases = tuple(names.get(id(layer._parameters.get(weight)), ()))
+                entries.append(made)
     if not entries:
         raise ConstraintError(
             "the model has no adapters", found=type(model).__name__, hint="P.insert_adapter adds them"

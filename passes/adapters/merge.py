@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from ...graph.errors import ConfigError, ConstraintError
-from ...graph.ir import Graph, Weight
+from ...graph.ir import Graph
 from ..base import Context, Contract, Decision, Outcome, Pass
 from ..result import Result
 from .adapter import Adapter, Entry, base_hash, cast_once, merged_weight
@@ -85,7 +85,9 @@ class MergeAdapter(Pass):
                 raise ConstraintError(
                     "a graph holds its adapters as nodes, not as data", hint="P.Fold merges parallel linear branches"
                 )
-            changed, _ = merge_into_graph(graph, given, self.any_base)
+            from .merge_graph import merge_into_graph
+
+            changed = merge_into_graph(graph, given, self.any_base)
             return Outcome(decisions=_decisions(changed), details={"merged": len(changed)})
         module = module_of(graph)
         changed, _ = merge_into_module(module, given, self.any_base)
@@ -155,38 +157,6 @@ def merged(
 def bias_name(entries: list[Entry]) -> str | None:
     """The stored bias that the entries concern, if any does."""
     return next((e.bias for e in entries if e.bias is not None), None)
-
-
-def merge_into_graph(graph: Graph, adapter: Adapter, any_base: bool) -> tuple[dict[str, list[Entry]], Originals]:
-    """Set the merged weights of an ONNX graph or of bare weights; what was there comes back too."""
-    fingerprint = adapter.fingerprint()
-    originals: Originals = {}
-    new: list[tuple[Weight, np.ndarray]] = []
-    added: dict[str, np.ndarray] = {}
-    for target, entries in adapter.targets().items():
-        weight, name = graph.weight(target), bias_name(entries)
-        bias = None if name is None or not _has(graph, name) else graph.weight(name)
-        w, b = merged(target, entries, weight.numpy(), None if bias is None else bias.numpy(), fingerprint, any_base)
-        if b is not None and bias is None and graph.kind == "onnx":
-            raise ConstraintError(
-                "this adapter needs a bias that the graph does not have", node=name, hint="merge into the nn.Module"
-            )
-        new.append((weight, w))
-        originals[weight.name] = weight.numpy().copy()
-        if bias is not None and b is not None:
-            new.append((bias, b))
-            originals[bias.name] = bias.numpy().copy()
-        elif name is not None and b is not None:
-            added[name], originals[name] = b, None
-    for stored, data in new:
-        graph.set_weight(stored, data)
-    for name, data in added.items():
-        graph.add_weight(name, data)
-    return adapter.targets(), originals
-
-
-def _has(graph: Graph, name: str) -> bool:
-    return name in graph.weights or any(name in w.aliases for w in graph.weights.values())
 
 
 def merge_into_module(
@@ -329,11 +299,10 @@ def _originals(model: Any, step: MergeAdapter) -> Originals:
                 found[name] = None if offset is None else to_numpy(offset).copy()
         return found
     from ...graph.load import load
+    from .merge_graph import replaced
     from .weights_graph import WeightsGraph
 
-    graph = WeightsGraph(model) if isinstance(model, Mapping) else load(model)
-    names = [n for t, e in adapter.targets().items() for n in (t, bias_name(e)) if n is not None]
-    return {name: graph.weight(name).numpy().copy() if _has(graph, name) else None for name in names}
+    return replaced(WeightsGraph(model) if isinstance(model, Mapping) else load(model), adapter)
 
 
 def unmerge_adapter(model: Any, originals: Originals | str | Path) -> Any:
