@@ -15,7 +15,7 @@ unexport PYTHONHOME
 unexport PYTHONPATH
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint format types clean
+.PHONY: demo test test-slow fuzz lint format types clean
 
 demo: $(VENV)/.stamp-base
 	$(BIN)/python examples/digits/demo.py --out out/digits $(ARGS)
@@ -25,6 +25,11 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -n $(JOBS) -q -m slow $(ARGS)
+
+# Random models through all folding rules: `make fuzz MINUTES=30`; SEED starts elsewhere.
+fuzz: $(VENV)/.stamp-dev
+	FUZZ_MINUTES=$(or $(MINUTES),2) FUZZ_SEED=$(or $(SEED),$(shell date +%s)) \
+		$(BIN)/python -m pytest -q -s tests/test_fold_fuzz.py -k by_the_clock $(ARGS)
 
 lint: $(VENV)/.stamp-dev types
 	$(BIN)/ruff check .

@@ -213,7 +213,7 @@ class ONNXGraph(Graph):
     def _weight(self, native: ir.Value, value: Value, tensor: ir.TensorProtocol) -> Weight:
         key = storage_key(native)
         weight = self._tied.get(key)
-        if weight is not None and storage_key(self.carriers[weight][0]) == key:
+        if weight is not None and weight in self.carriers and storage_key(self.carriers[weight][0]) == key:
             if native not in self.carriers[weight]:
                 self.carriers[weight].append(native)
             weight.aliases = tuple(v.name or "" for v in self.carriers[weight])
