@@ -136,6 +136,7 @@ def _let_go(native: ir.Node) -> None:
             _let_go(inner)
             for i in range(len(inner.inputs)):
                 inner.replace_input_with(i, None)
+        graph.outputs.clear()
 
 
 # ---- nodes -------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class CommonSubexpression(Rule):
         if not graph.holds(twin) or signature(graph, twin) != key:
             table[key] = node
             return None
-        if self._position(twin, env) > self._position(node, env):
+        order = self._order((twin, node), env)
+        if order[twin] > order[node]:
             table[key], twin, node = node, node, twin
         return self._merge(node, twin, env)
 
@@ -71,12 +72,12 @@ class CommonSubexpression(Rule):
                 found.setdefault(key, node)
         return found
 
-    def _position(self, node: Node, env: Env) -> int:
-        """Place in the order of the graph, which edits keep for what stays; counted anew for what they add."""
+    def _order(self, nodes: Sequence[Node], env: Env) -> dict[Node, int]:
+        """Places in the order of the graph, which edits keep for what stays; counted anew for what they add."""
         order: dict[Node, int] = env.memo.get(f"{self.name} order", {})
-        if node not in order:
+        if any(node not in order for node in nodes):
             order = env.memo[f"{self.name} order"] = {n: i for i, n in enumerate(env.graph.nodes)}
-        return order[node]
+        return order
 
     def _merge(self, node: Node, twin: Node, env: Env) -> Rewrite | Refusal | None:
         pairs = list(zip(node.outputs, twin.outputs, strict=True))
