@@ -11,7 +11,7 @@ from ...graph.errors import ConstraintError
 from ...graph.garbage import undisturbed
 from ...graph.ir import Graph, Node, Value
 from ..base import Decision
-from .rule import ANY, Env, Refusal, Rewrite, Rule
+from .rule import ANY, Env, Refusal, Rewrite, Rule, Why
 from .window import check_window
 
 GROWTH = 50
@@ -79,7 +79,9 @@ class _Run:
             if len(self.log.applied) > before:  # rules look further than one node: all are asked once more
                 self._queue(self.graph.nodes)
                 self.env.look_again()
-        self.log.refused = list(self.refusals.values())
+        alive = {node.name for node in self.graph.nodes}  # what another rule took away has nothing to explain
+        window = Why.WINDOW.value
+        self.log.refused = [d for d in self.refusals.values() if d.subject in alive or d.data["why"] == window]
         return self.log
 
     def _visit(self, node: Node) -> None:
