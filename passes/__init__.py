@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .reparam.bind import Bind
     from .reparam.insert import Reparametrize
     from .reparam.materialise import Materialise
+    from .reparam.replace_norm import ReplaceNorm
     from .reparam.subspace import load_subspace, save_subspace
     from .report import Report
     from .result import Result
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     recover: Callable[..., Result]
     reinitialize: Callable[..., Result]
     reparametrize: Callable[..., Result]
+    replace_norm: Callable[..., Result]
     select: Callable[..., Result]
     shared_mask: Callable[..., Result]
 
@@ -90,6 +92,7 @@ __all__ = [
     "Recover",
     "Reinitialize",
     "Reparametrize",
+    "ReplaceNorm",
     "Report",
     "Result",
     "Select",
@@ -126,6 +129,7 @@ __all__ = [
     "regularize",
     "reinitialize",
     "reparametrize",
+    "replace_norm",
     "save_subspace",
     "select",
     "shared_mask",

@@ -29,6 +29,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "insert_adapter": (".adapters.insert", "InsertAdapter"),
     "merge_adapter": (".adapters.merge", "MergeAdapter"),
     "reparametrize": (".reparam.insert", "Reparametrize"),
+    "replace_norm": (".reparam.replace_norm", "ReplaceNorm"),
     "materialise": (".reparam.materialise", "Materialise"),
     "bind": (".reparam.bind", "Bind"),
     "lower": (".lower", "Lower"),

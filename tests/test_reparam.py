@@ -20,6 +20,7 @@ from foldline.passes.reparam.bind import Bind
 from foldline.passes.reparam.insert import Reparametrize
 from foldline.passes.reparam.kinds import kinds
 from foldline.passes.reparam.materialise import Materialise
+from foldline.passes.reparam.replace_norm import ReplaceNorm
 from foldline.passes.reparam.sharing import HashShare, hash_blocks
 from foldline.passes.reparam.subspace import Subspace, load_subspace, save_subspace, subspaces
 from torch import Tensor, nn
@@ -119,7 +120,9 @@ def test_materialised_models_are_plain_on_both_front_ends(kind: str, options: di
     assert [type(m) for m in plain] == [type(m) for m in net()]
     close(out(plain, X), want)
     file = load(materialise(export(model, X)).model)
-    assert {n.op for n in file.nodes} <= {"conv", "relu", "reshape", "linear", "concat", "expand"}, [n.op for n in file.nodes]
+    assert {n.op for n in file.nodes} <= {"conv", "relu", "reshape", "linear", "concat", "expand"}, [
+        n.op for n in file.nodes
+    ]
     (got,), _ = run_graph(file, {file.inputs[0].name: X.numpy()})
     close(torch.from_numpy(got), want)
     stored = {n: w.numpy() for n, w in file.weights.items()}
@@ -174,6 +177,44 @@ def test_standardised_weights_have_no_mean_and_unit_spread_times_the_gain() -> N
     torch.testing.assert_close(
         w.var((1, 2, 3), unbiased=False) * fan_in, torch.ones(8, dtype=torch.float64), rtol=1e-5, atol=0
     )
+
+
+class Block(nn.Module):
+    """A residual network of two blocks with batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.a, self.na = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        for m in (self.norm, self.na):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.uniform_(m.bias, -0.5, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + torch.relu(self.na(self.a(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_batch_norms_give_way_to_standardised_weights() -> None:
+    model, x = Block(), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    base = model.eval()
+    result = Pipeline([ReplaceNorm()]).run(base, (x,), verify=False)
+    assert not any(n.op == "batch_norm" for n in result.graph.nodes)
+    want = out(result.model, x)
+    facts = [d.data for d in result.report.passes[0].decisions]
+    gains = [float(base.norm.weight.detach().square().mean()), float(base.na.weight.detach().square().mean())]
+    for fact, gain in zip(facts, gains, strict=True):
+        assert abs(fact["var_after"] - gain) < 1e-3 and "var_before" in fact
+    largest = max(float(base.norm.bias.detach().abs().max()), 1e-3)
+    assert abs(facts[0]["mean_after"] - largest) < 1e-4, "the shift that was trained"
+    plain = materialise(result.model, x).model
+    assert type(plain) is Block and type(plain.stem) is nn.Conv2d
+    assert not any(n.op in ("mean", "var", "sqrt", "rsqrt") for n in load(plain, (x,)).nodes[:2])
+    close(out(plain, x), want)
+    assert isinstance(base.norm, nn.BatchNorm2d), "the caller's model"
 
 
 # ---- random subspaces -------------------------------------------------------------------------------------------
