@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ...graph.errors import ConstraintError
@@ -224,7 +226,7 @@ def osf(w: Array, t: Tensors, g: Geometry, o: Options) -> Array:
     return (u[:, :k] * s[:k]) @ vt[:k] + (t["osf_svd_params.U_low"] * low) @ t["osf_svd_params.V_low"]
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
     "swish": lambda x: x / (1 + np.exp(-x)),

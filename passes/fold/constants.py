@@ -258,8 +258,8 @@ def _component(start: Node, env: Env, known: dict[Value, bool]) -> _Component:
     if "size readers" not in env.memo:
         readers: dict[Value, list[Node]] = {}
         for node in env.graph.nodes:
-            for value in node.dynamic:
-                readers.setdefault(value, []).append(node)
+            for size in node.dynamic:
+                readers.setdefault(size, []).append(node)
         env.memo["size readers"] = readers
     sized: dict[Value, list[Node]] = env.memo["size readers"]
     nodes: dict[Node, None] = {}

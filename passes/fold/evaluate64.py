@@ -215,7 +215,7 @@ def _run(
     return wide, native
 
 
-def _machine(graph: Graph) -> Any:
+def _machine(graph: Any) -> Any:
     """What evaluates the native nodes of a graph of this kind."""
     if graph.kind == "fx":
         from ...graph.fx.single import Single as FX

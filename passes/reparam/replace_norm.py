@@ -89,7 +89,7 @@ def _replace(module: nn.Module, conv_path: str, norm_path: str, ctx: Context) ->
         setattr(module.get_submodule(parent) if parent else module, leaf, nn.Identity())
         mean, var = _moments(module, conv_path, ctx)
         factor = gain / torch.sqrt(var + norm.eps)
-        standard = conv.parametrizations.weight[0]  # type: ignore[union-attr, index]
+        standard: Any = conv.parametrizations.weight[0]  # type: ignore[union-attr, index]
         shape = list(standard.gain.shape)
         if conv.transposed and conv.groups > 1:
             raise ConstraintError("the outputs of a grouped transposed convolution share an axis", node=conv_path)
