@@ -305,6 +305,17 @@ def test_recurrent_and_attention_layers_that_read_weights_themselves() -> None:
     assert relative(P.merge_adapter(tuned).model(q, q, q)[0], tuned(q, q, q)[0]) < 1e-5
 
 
+def test_fused_inference_paths_see_the_adapted_weights() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 4, 8)
+    tuned = perturb(inserted(layer, "lora"))
+    slow = tuned(x.clone().requires_grad_())
+    with torch.no_grad():
+        assert relative(tuned(x), slow) < 1e-5 and relative(tuned(x), layer(x)) > 1e-3
+        assert relative(P.merge_adapter(tuned).model(x), slow) < 1e-5
+
+
 def test_half_precision_is_rounded_once() -> None:
     rng = np.random.default_rng(0)
     exact = rng.standard_normal(20_000)
