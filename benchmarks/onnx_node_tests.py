@@ -302,14 +302,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"onnx {onnx.__version__}", "", "| tool | cases | " + " | ".join(VERDICTS) + " |", "|---" * 6 + "|"]
-    for tool in TOOLS:
-        found = [r["verdict"] for r in rows if r["tool"] == tool]
-        if found:
-            counts = Counter(v.partition(":")[0] for v in found)
-            package = PACKAGES.get(tool, tool)
-            name = f"{tool} {foldline.__version__ if package == 'foldline' else version(package)}"
-            lines.append(f"| {name} | {len(found)} | " + " | ".join(str(counts[v]) for v in VERDICTS) + " |")
+    """Counts per tool, over all cases and over those alone that ONNX Runtime can run."""
+    lines = [f"onnx {onnx.__version__}"]
+    for title, judges in (("All cases", tuple(JUDGES)), ("Cases that ONNX Runtime runs", ("onnxruntime",))):
+        lines += ["", title, "", "| tool | cases | " + " | ".join(VERDICTS) + " |", "|---" * 6 + "|"]
+        for tool in TOOLS:
+            found = [r["verdict"] for r in rows if r["tool"] == tool and r["judge"] in judges]
+            if found:
+                counts = Counter(v.partition(":")[0] for v in found)
+                package = PACKAGES.get(tool, tool)
+                name = f"{tool} {foldline.__version__ if package == 'foldline' else version(package)}"
+                lines.append(f"| {name} | {len(found)} | " + " | ".join(str(counts[v]) for v in VERDICTS) + " |")
     return "\n".join(lines)
 
 
