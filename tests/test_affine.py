@@ -440,6 +440,18 @@ def test_a_tied_embedding_is_not_changed() -> None:
     assert why(log, "mul")[0] == "tied weight" and len(after.nodes) == len(before.nodes)
 
 
+@pytest.mark.parametrize("per_axis", [True, False])
+def test_the_scales_of_a_dequantized_weight_absorb(per_axis: bool) -> None:
+    nodes = [op("DequantizeLinear", "q d", "w", axis=1), op("MatMul", "x w", "h"), op("Mul", "h s", "y")]
+    rng = np.random.default_rng(0)
+    quantized = {"q": rng.integers(-127, 128, (5, 4)).astype(np.int8)}
+    quantized["d"] = np.abs(normal(4)) if per_axis else np.float32(0.1).reshape(())
+    graph = onnx_graph(nodes, {"s": np.abs(normal(4))} | quantized, x=[3, 5])
+    after, log = fold(graph)
+    assert [n.op for n in after.nodes][2:] == ([] if per_axis else ["mul"]), log.refused
+    assert_same(graph, after, {"x": normal(3, 5)})
+
+
 def test_the_scale_of_attention_goes_into_the_query_alone() -> None:
     """Three slices of one projection; the scale lands in the query's rows and nowhere else."""
     cut = [

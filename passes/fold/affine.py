@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,11 +41,11 @@ class Affine:
     def rank(self) -> int:
         return self.scale.ndim
 
-    @property
+    @cached_property
     def has_scale(self) -> bool:
         return bool((self.scale != 1.0).any())
 
-    @property
+    @cached_property
     def has_shift(self) -> bool:
         """Whether any element is shifted; a map without shift fixes zero, and so commutes with zero padding."""
         return bool(self.shift.any())
@@ -91,6 +92,8 @@ def lay(part: np.ndarray, value: Value, constant: bool) -> np.ndarray | Refusal:
     """
     if constant:
         return part
+    if part.size == 1 and value.rank is not None:
+        return np.asarray(part.reshape((1,) * value.rank))
     if value.shape is None:
         return Refusal(f"the shape of {value.name} is unknown", why=Why.SHAPE)
     lead = part.ndim - len(value.shape)

@@ -140,6 +140,23 @@ def _batch_norm_down(walk: Walk, node: Node, position: int, affine: Affine) -> A
     return None
 
 
+def _dequantize_up(walk: Walk, node: Node, affine: Affine) -> Refusal | None:
+    """``s * (scale * (q - zero)) = (s * scale) * (q - zero)``: the scales of a dequantized weight take a scale."""
+    if affine.has_shift or not affine.positive:
+        return Refusal(f"{node.name} takes positive scales only", node.name, Why.SIGN)
+    data = walk.edits.current(node, 1)
+    if data is None or node.attrs.get("block"):
+        return Refusal(f"the scales of {node.name} are no constant vector", node.name, Why.NOT_CONSTANT)
+    if (blocked := changeable(node, 1)) is not None:
+        return blocked
+    axis = node.attrs.get("axis")
+    vector = affine.vector(0 if data.size == 1 or axis is None else axis % affine.rank, data.size)
+    if (data.size == 1 and affine.axes) or vector is None:
+        return Refusal(f"{node.name} has one scale for many that the map tells apart", node.name, Why.SHAPE)
+    walk.edits.add(node, 1, lambda a: a * vector[0].reshape(a.shape))
+    return None
+
+
 # ---- arithmetic with a constant ------------------------------------------------------------------------------------
 def _sum_down(walk: Walk, node: Node, position: int, affine: Affine) -> Affine | Refusal | None:
     """``(s x + t) + c = s (x + (t + c) / s)``: the constant takes the shift; a scale stands behind the sum."""
@@ -254,6 +271,7 @@ UP: dict[str, Callable[[Walk, Node, Affine], Refusal | None]] = {
     "conv": linear_up,
     "linear": linear_up,
     "batch_norm": _batch_norm_up,
+    "dequantize": _dequantize_up,
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), _norm_up),
 }
 DOWN: dict[str, Callable[[Walk, Node, int, Affine], Affine | Refusal | None]] = {

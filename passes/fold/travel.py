@@ -243,7 +243,7 @@ def _up_sum(node: Node, affine: Affine) -> list[Maps] | Refusal:
     order = sorted(range(2), key=lambda k: not _is_const(node, k))
     for taker in order if affine.has_shift else order[:1]:
         maps: Maps = []
-        for k in order:
+        for k in order if affine.has_scale else (taker,):
             sign = -1.0 if node.op == "sub" and k == 1 else 1.0
             shift = sign * affine.shift if k == taker else np.zeros((1,) * affine.rank)
             laid = _lay(node, k, affine.scale, shift)
@@ -309,4 +309,4 @@ def _lay(node: Node, k: int, scale: np.ndarray, shift: np.ndarray) -> Affine | R
     for part in parts:
         if isinstance(part, Refusal):
             return Refusal(part.reason, node.name, part.why)
-    return Affine(*(np.asarray(part) for part in parts))  # of scalars numpy makes no arrays
+    return Affine(*(part for part in parts if isinstance(part, np.ndarray)))

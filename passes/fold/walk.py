@@ -7,6 +7,7 @@ on: together these are the window of the rewrite.
 from __future__ import annotations
 
 from ...graph.ir import Node, Value
+from ...graph.ops.carry import PICKING
 from ...graph.ops.table import get_rule
 from ..rewrite import Env
 from . import sinks, travel
@@ -14,7 +15,7 @@ from .affine import Affine, Refusal, Why
 from .edits import Edits
 from .operands import FLOATS
 
-LONGEST = 256
+LONGEST = 48
 """Operators that one walk passes at most; this keeps many walks through one long graph linear in its size."""
 
 
@@ -43,17 +44,17 @@ class Walk:
         assert value is not None
         if value.is_const:
             return sinks.into_constant(self.edits, reader, position, affine)
-        if (blocked := self._private(value, reader, position, affine)) is not None:
-            return blocked
         producer = value.producer
         if producer is None:
             return Refusal(f"{value.name} is an input of the graph", why=Why.GRAPH_INPUT)
+        if (blocked := self._private(value, reader, position, affine)) is not None:
+            return blocked
         if (blocked := self._step(producer)) is not None:
             return blocked
         if producer.op in sinks.UP:
             return sinks.UP[producer.op](self, producer, affine)
         first = producer.inputs[0] if producer.inputs else None
-        shared = first is not None and not first.is_const and len(_data_uses(first)) > 1
+        shared = producer.op in PICKING and first is not None and not first.is_const and len(_data_uses(first)) > 1
         ways = travel.up(producer, value.index, affine, shared)
         if isinstance(ways, Refusal):
             return ways
@@ -80,28 +81,10 @@ class Walk:
         for user, k in value.uses:
             if user is reader and k == position:
                 continue
-            if user.op != "shape_of" and not self._blind(user, k, affine):
+            if user.op != "shape_of" and not _blind(user, k, affine):
                 return Refusal(f"{value.name} has a second consumer, {user.name}", user.name, Why.SECOND_CONSUMER)
             self.window[user] = None
         return None
-
-    def _blind(self, user: Node, position: int, affine: Affine) -> bool:
-        """Whether a reader sees nothing of the map: it picks where the map is the identity, or nobody reads it.
-
-        (A float that is made and not read is no size either, so that attributes computed at run time do not read it.)
-        """
-
-        def read(v: Value) -> bool:
-            return bool(v.uses) or v.is_output or id(v) in self.env.captured
-
-        if all(v.dtype in FLOATS and not read(v) for v in user.outputs):
-            return bool(user.outputs) and get_rule(user.op) is not None
-        if user.op not in ("slice", "select", "gather", "split", "unbind"):
-            return False
-        maps = travel.down(user, position, affine)
-        if isinstance(maps, Refusal):
-            return False
-        return all(m.identity or not read(user.outputs[k]) for k, m in maps)
 
     # ---- forwards ------------------------------------------------------------------------------------------------
     def down(self, value: Value, affine: Affine) -> Refusal | None:
@@ -143,7 +126,7 @@ class Walk:
             return maps
         for k, moved in maps:
             output = user.outputs[k]
-            if output.uses or output.is_output or id(output) in self.env.captured:
+            if output.uses or output.is_output:
                 if (blocked := self.down(output, moved)) is not None:
                     return blocked
         return None
@@ -159,3 +142,18 @@ class Walk:
 def _data_uses(value: Value) -> list[tuple[Node, int]]:
     """The uses that read numbers: a size read from a value does not change with its numbers."""
     return [(user, position) for user, position in value.uses if user.op != "shape_of"]
+
+
+def _blind(user: Node, position: int, affine: Affine) -> bool:
+    """Whether a reader sees nothing of the map: it picks positions where the map is the identity, or nobody reads it.
+
+    (A float that is made and not read is no size either, so that attributes computed at run time do not read it.)
+    """
+    if all(v.dtype in FLOATS and not v.uses and not v.is_output for v in user.outputs):
+        return bool(user.outputs) and get_rule(user.op) is not None
+    if user.op not in ("slice", "select", "gather", "split", "unbind"):
+        return False
+    maps = travel.down(user, position, affine)
+    if isinstance(maps, Refusal):
+        return False
+    return all(m.identity or not (user.outputs[k].uses or user.outputs[k].is_output) for k, m in maps)
