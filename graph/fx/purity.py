@@ -32,18 +32,8 @@ def is_pure(node: Node) -> bool:
 def signature(node: Node) -> Hashable | None:
     """See :func:`foldline.graph.purity.signature`."""
     call: fx.Node = node.native
-    args = fx.node.map_arg((call.args, call.kwargs), lambda n: _Operand(n))
+    args = fx.node.map_arg((call.args, call.kwargs), lambda n: f"<{id(n):x}>")  # equal where it is the same fx node
     try:
         return (call.target, repr(args))
     except Exception:  # a user's object in the arguments whose repr fails: not comparable
         return None
-
-
-class _Operand:
-    """Stands for an operand in a signature: equal where it is the same fx node."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self.text = f"<{id(node):x}>"
-
-    def __repr__(self) -> str:
-        return self.text

@@ -84,7 +84,7 @@ class ConstantFolding(Rule):
             env.memo["folded bytes"] = spent + max(grown, 0)
             readers = [user for value in wanted for user, _ in value.uses]
             for value, new in zip(wanted, data, strict=True):
-                stored = graph.add_weight(value.name, np.ascontiguousarray(new).reshape(np.shape(new)))
+                stored = graph.add_weight(value.name, np.asarray(new))
                 graph.replace_uses(value, stored)
             return readers
 
