@@ -309,4 +309,4 @@ def _lay(node: Node, k: int, scale: np.ndarray, shift: np.ndarray) -> Affine | R
     for part in parts:
         if isinstance(part, Refusal):
             return Refusal(part.reason, node.name, part.why)
-    return Affine(*(part for part in parts if isinstance(part, np.ndarray)))
+    return Affine(*(np.asarray(part) for part in parts))  # of scalars numpy makes no arrays

@@ -81,10 +81,28 @@ class Walk:
         for user, k in value.uses:
             if user is reader and k == position:
                 continue
-            if user.op != "shape_of" and not _blind(user, k, affine):
+            if user.op != "shape_of" and not self._blind(user, k, affine):
                 return Refusal(f"{value.name} has a second consumer, {user.name}", user.name, Why.SECOND_CONSUMER)
             self.window[user] = None
         return None
+
+    def _blind(self, user: Node, position: int, affine: Affine) -> bool:
+        """Whether a reader sees nothing of the map: it picks where the map is the identity, or nobody reads it.
+
+        (A float that is made and not read is no size either, so that attributes computed at run time do not read it.)
+        """
+
+        def read(v: Value) -> bool:
+            return bool(v.uses) or v.is_output or id(v) in self.env.captured
+
+        if all(v.dtype in FLOATS and not read(v) for v in user.outputs):
+            return bool(user.outputs) and get_rule(user.op) is not None
+        if user.op not in ("slice", "select", "gather", "split", "unbind"):
+            return False
+        maps = travel.down(user, position, affine)
+        if isinstance(maps, Refusal):
+            return False
+        return all(m.identity or not read(user.outputs[k]) for k, m in maps)
 
     # ---- forwards ------------------------------------------------------------------------------------------------
     def down(self, value: Value, affine: Affine) -> Refusal | None:
@@ -126,7 +144,7 @@ class Walk:
             return maps
         for k, moved in maps:
             output = user.outputs[k]
-            if output.uses or output.is_output:
+            if output.uses or output.is_output or id(output) in self.env.captured:
                 if (blocked := self.down(output, moved)) is not None:
                     return blocked
         return None
@@ -142,18 +160,3 @@ class Walk:
 def _data_uses(value: Value) -> list[tuple[Node, int]]:
     """The uses that read numbers: a size read from a value does not change with its numbers."""
     return [(user, position) for user, position in value.uses if user.op != "shape_of"]
-
-
-def _blind(user: Node, position: int, affine: Affine) -> bool:
-    """Whether a reader sees nothing of the map: it picks positions where the map is the identity, or nobody reads it.
-
-    (A float that is made and not read is no size either, so that attributes computed at run time do not read it.)
-    """
-    if all(v.dtype in FLOATS and not v.uses and not v.is_output for v in user.outputs):
-        return bool(user.outputs) and get_rule(user.op) is not None
-    if user.op not in ("slice", "select", "gather", "split", "unbind"):
-        return False
-    maps = travel.down(user, position, affine)
-    if isinstance(maps, Refusal):
-        return False
-    return all(m.identity or not (user.outputs[k].uses or user.outputs[k].is_output) for k, m in maps)
