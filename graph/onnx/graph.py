@@ -40,6 +40,7 @@ class ONNXGraph(Graph):
     """
 
     kind = "onnx"
+    _stale = False
 
     def __init__(self, model: ir.Model, *, form: str = "ir", table: ShapeTable | None = None) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class ONNXGraph(Graph):
         """The nodes in topological order; the list is made anew when it is asked for after an edit."""
         if self._stale:
             known = self.by_native
-            self._nodes, self._stale = [known[n] for n in self.model.graph if n in known], False
+            self.nodes = [known[n] for n in self.model.graph if n in known]
         return self._nodes
 
     @nodes.setter
@@ -284,7 +285,8 @@ class ONNXGraph(Graph):
     def is_read(self, value: Value) -> bool:
         if value.uses or value.is_output:
             return True
-        stack, seen = [] if value.native is None else [value.native], set()
+        stack: list[ir.Value] = [] if value.native is None else [value.native]
+        seen: set[ir.Node] = set()
         while stack:  # a size computation that the view shows as a number is alive while somebody reads that number
             native = stack.pop()
             if onnx_native.is_used(native, self.settled):

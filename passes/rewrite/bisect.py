@@ -67,7 +67,7 @@ def bisect(
             check_graph(graph)
             found = compare(given, graph, inputs.arrays, bound)
         except FoldlineError as exc:
-            return math.inf, exc.value or "", exc.message, made
+            return math.inf, str(exc.value or ""), exc.message, made
         worst = max(found.outputs.values(), key=lambda o: (bool(o.note), o.max_rel))
         error = math.inf if worst.note else worst.max_rel
         return error, found.first_divergence or worst.name, worst.note, made
