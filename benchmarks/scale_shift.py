@@ -100,9 +100,11 @@ def export(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
 def _foldline(path: Path, out: Path, options: list[str]) -> None:
     from foldline import cli
 
-    code = cli.main(["run", "fold", str(path), "-o", str(out) + ".d", "-q", *options])
-    if code:
-        raise RuntimeError(f"foldline ended with {code}")
+    try:
+        cli.main(["run", "fold", str(path), "-o", str(out) + ".d", "-q", *options])
+    except SystemExit as done:
+        if done.code:
+            raise RuntimeError(f"foldline ended with {done.code}") from done
     found = sorted(Path(str(out) + ".d").rglob("*.onnx"))
     out.write_bytes(found[0].read_bytes())
 
