@@ -4,7 +4,7 @@
 
 Each row is one PEFT method on a stack of square linear layers, every trained tensor moved away from its start by
 seeded noise. peft: ``PeftModel.from_pretrained`` and ``merge_and_unload``; foldline: ``merge_adapter(base, folder)``.
-Both start from the base model in memory and the directory on disk, each in a forked process of its own.
+Both start from the base model in memory and the directory on disk, each in a process of its own.
 
 - max error: largest |merged - reference|, relative to the weight's largest entry.
 - not nearest: share of the entries that are not the representable number nearest to the reference.
@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import importlib.util
 import os
 import pickle
 import platform
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,28 +111,39 @@ def reference(model: Any, base: nn.Module, folder: str, marked: bool) -> dict[st
     return found
 
 
-def alone(work: Callable[[], nn.Module]) -> tuple[dict[str, np.ndarray], float, float]:
-    """(weights, CPU seconds, MiB) of a merge in a forked process."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would be reused, and not be counted
-        before = _resident("VmRSS")  # a forked process starts with this as its peak
-        start = time.process_time()
-        model = work()
-        seconds = time.process_time() - start
-        grown = _resident("VmHWM") - before
-        weights = {n: to_numpy(p) for n, p in model.named_parameters()}
-        with os.fdopen(write, "wb") as pipe:
-            pickle.dump((weights, seconds, grown), pipe)
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        result = pickle.load(pipe)
-    os.waitpid(child, 0)
-    return result
+def alone(who: str, folder: str, chosen: argparse.Namespace, dtype: str) -> tuple[dict[str, np.ndarray], float, float]:
+    """(weights, CPU seconds, MiB) of a merge in a process of its own."""
+    result = Path(folder) / f"{who}.pickle"
+    options = ["--width", str(chosen.width), "--layers", str(chosen.layers), "--dtypes", dtype]
+    subprocess.run([sys.executable, __file__, *options, "--one", who, folder], check=True)
+    with result.open("rb") as file:
+        found: tuple[dict[str, np.ndarray], float, float] = pickle.load(file)
+    return found
+
+
+def one(who: str, folder: str, chosen: argparse.Namespace) -> None:
+    """What such a process does."""
+    import peft
+
+    def merge(base: nn.Module) -> nn.Module:
+        if who == "peft":
+            return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+        merged: nn.Module = merge_adapter(base, folder).model
+        return merged
+
+    base = stack(chosen.width, chosen.layers, chosen.dtypes[0])
+    torch.ones(2, 2) @ torch.ones(2, 2)
+    before, start = _resident("VmRSS"), time.process_time()
+    model = merge(base)
+    seconds, grown = time.process_time() - start, _resident("VmHWM") - before
+    weights = {n: to_numpy(p) for n, p in model.named_parameters()}
+    (Path(folder) / f"{who}.pickle").write_bytes(pickle.dumps((weights, seconds, grown)))
+
+
+def stack(width: int, layers: int, dtype: str) -> Stack:
+    """The seeded base."""
+    torch.manual_seed(0)
+    return Stack(width, layers).to(getattr(torch, dtype)).eval()
 
 
 def _resident(field: str) -> float:
@@ -166,14 +175,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=NAMES)
     parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--one", nargs=2, metavar=("WHO", "FOLDER"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     define_torchvision_operators()
     if importlib.util.find_spec("peft") is None:
         raise SystemExit("peft is not installed")
-    import peft
-
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if chosen.one:
+        one(*chosen.one, chosen)
+        return
     print(f"{versions()}; {chosen.layers} layers of {chosen.width} x {chosen.width}\n")
     print(
         "| method | dtype | max error peft | foldline | not nearest peft | foldline "
@@ -184,22 +195,14 @@ def main() -> None:
         if chosen.only and kind not in chosen.only:
             continue
         for dtype in chosen.dtypes:
-            torch.manual_seed(0)
-            base = Stack(chosen.width, chosen.layers).to(getattr(torch, dtype)).eval()
+            base = stack(chosen.width, chosen.layers, dtype)
             model = trained(base, kind, options)
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 true = reference(model, base, folder, title.endswith("*"))
                 del model
 
-                def theirs(base: nn.Module = base, folder: str = folder) -> nn.Module:
-                    return peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
-
-                def ours(base: nn.Module = base, folder: str = folder) -> nn.Module:
-                    merged: nn.Module = merge_adapter(base, folder).model
-                    return merged
-
-                (a, s_a, m_a), (b, s_b, m_b) = alone(theirs), alone(ours)
+                (a, s_a, m_a), (b, s_b, m_b) = (alone(who, folder, chosen, dtype) for who in ("peft", "foldline"))
             (worst_a, wrong_a), (worst_b, wrong_b) = judged(a, true), judged(b, true)
             print(
                 f"| {title} | {dtype} | {worst_a:.1e} | {worst_b:.1e} | {wrong_a:.2%} | {wrong_b:.2%} "
