@@ -73,12 +73,16 @@ def _copied(g: ONNXGraph, value: ir.Value, branch: ir.Graph) -> ir.Value:
 
 
 def readable(node: Node, taken: bool) -> bool:
-    """Whether the branch can be moved: it has no inputs, and none of its results is read in a subgraph."""
+    """Whether the branch can be moved: it has no inputs, and its results are what the readers take."""
     native: ir.Node = node.native
     attribute = native.attributes.get("then_branch" if taken else "else_branch")
     if attribute is None or attribute.is_ref():
         return False
     branch = attribute.as_graph()
-    return not branch.inputs and len(branch.outputs) == len(native.outputs) and not any(
-        onnx_native.is_constant_node(n) and n.outputs[0].is_graph_output() for n in branch
-    )  # fmt: skip
+    if branch.inputs or len(branch.outputs) != len(native.outputs):
+        return False
+    for old, new in zip(native.outputs, branch.outputs, strict=True):
+        ranged = any(use.node.op_type == "Range" for use in old.uses())
+        if ranged and (new.shape is None or len(new.shape)):
+            return False  # Range takes scalars; that it was given a list only shows once the shape is known
+    return not any(onnx_native.is_constant_node(n) and n.outputs[0].is_graph_output() for n in branch)
