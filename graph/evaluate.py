@@ -16,7 +16,13 @@ def evaluate(graph: Graph, node: Node) -> list[np.ndarray | None]:
         ConstraintError: an operand is not constant, or the operator cannot be evaluated by itself.
     """
     if graph.kind == "onnx":
-        from .onnx.single import Single as OfOnnx
+        from .onnx.single import move
+
+        moved = move(graph, node, {})  # type: ignore[arg-type]
+        if moved is not None:
+            named = (x for x, made in zip(moved, node.native.outputs, strict=True) if made.name)
+            return [np.ascontiguousarray(x).reshape(x.shape) for x in named]
+        from .onnx.single_torch import Single as OfOnnx
 
         native = OfOnnx(graph)  # type: ignore[arg-type]
         _check(native.takes(node), node)

@@ -1,155 +1,149 @@
-"""One node of an ONNXGraph evaluated by itself, in the dtypes of the file or in the widest of each kind."""
+"""Which nodes of an ONNXGraph can be evaluated by themselves, and the plain ones among them evaluated in numpy.
+
+Most constants of exported files are transposed weights and sizes: for them nothing else needs to be imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import torch
 
-from ..errors import ConstraintError, FoldlineError
-from ..execute import MOVES, to_numpy
-from ..ir import Node
-from . import as_torch  # noqa: F401  (registers the operators)
+from ..ir import Node, Value
 from . import native as onnx_native
-from .as_torch import SUPPORTED_DTYPES, WIDE_UNSIGNED, _tensor
-from .as_torch_data import DTYPES
-from .as_torch_run import TORCH_OPS, Call, Step
+from .eval import MOVES, Elements, evaluate
 
 if TYPE_CHECKING:
     from .graph import ONNXGraph
 
-WIDER = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
 RANDOM = frozenset("RandomNormal RandomUniform RandomNormalLike RandomUniformLike Multinomial Bernoulli".split())
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-class Single:
-    """Evaluates canonical nodes of an ONNX graph: in torch, else in ONNX Runtime in the dtypes of the file."""
-
-    def __init__(self, graph: ONNXGraph) -> None:
-        self.graph = graph
-        imports = graph.model.graph.opset_imports
-        self.opset = imports.get("", 0) or imports.get("ai.onnx", 0)
-
-    def takes(self, node: Node) -> bool:
-        """Whether the node is a deterministic standard operator over tensors."""
-        native: ir.Node = node.native
-        if native.domain not in onnx_native.STANDARD_DOMAINS or native.op_type in RANDOM:
-            return False
-        if any(True for _ in onnx_native.subgraphs(native)):
-            return False
-        if native.op_type == "Dropout" and any(v is not None for v in list(native.inputs)[2:]):
-            return False
-        values = [*node.outputs, *(v for v in node.inputs if v is not None)]
-        return all(isinstance(v.native.type, (ir.TensorType, type(None))) and v.dtype != "string" for v in values)
-
-    @staticmethod
-    def widened(result: Any) -> Any:
-        """The same numbers as float64; integers and booleans as they are."""
-        return result.to(WIDER.get(result.dtype, result.dtype)) if isinstance(result, torch.Tensor) else result
-
-    def run(self, node: Node, known: Mapping[int, Any], *, widen: bool, runtime: bool = False) -> list[Any]:
-        """One result per output of ``node``; ``known`` holds computed operands by ``id`` of their canonical value.
-
-        ``runtime``: arithmetic in ONNX Runtime, to the last bit as the model computes it; moves in torch all the same.
-        """
-        native: ir.Node = node.native
-        operands = {}
-        for value in native.inputs:
-            if value is not None:
-                operands[value.name or ""] = self._operand(node, value, known, widen)
-        try:
-            if not self._in_torch(node) or (runtime and node.op not in MOVES):
-                narrow = operands if not widen else {n: self._narrow(native, n, t) for n, t in operands.items()}
-                results = self._in_runtime(native, narrow)
-            else:
-                call = Call(self._step(native, widen), operands, False)
-                made = TORCH_OPS[native.op_type](call)
-                results = list(made) if isinstance(made, (tuple, list)) else [made]
-        except FoldlineError:
-            raise
-        except Exception as error:
-            raise ConstraintError(
-                f"the node cannot be evaluated: {str(error).strip().splitlines()[0][:200]}", node=node.name
-            ) from error
-        named = [r for r, output in zip(results, native.outputs, strict=False) if output.name]
-        return [self.widened(r) for r in named] if widen else self._declared(node, named)
-
-    def _in_torch(self, node: Node) -> bool:
-        values = [*node.outputs, *(v for v in node.inputs if v is not None)]
-        dtypes = {v.dtype for v in values if v.dtype}
-        return node.native.op_type in TORCH_OPS and dtypes <= SUPPORTED_DTYPES and not dtypes & set(WIDE_UNSIGNED)
-
-    def _operand(self, node: Node, value: ir.Value, known: Mapping[int, Any], widen: bool) -> Any:
-        view = self.graph.value_of(value)
-        if id(view) in known:
-            return known[id(view)]
-        stored = onnx_native.constant_tensor(value)
-        data = view.literal if stored is None else stored.numpy()
-        if data is None:
-            raise ConstraintError("an operand has not been computed", node=node.name, value=view.name)
-        tensor = _tensor(np.asarray(data)) if view.dtype in SUPPORTED_DTYPES else np.asarray(data)
-        return self.widened(tensor) if widen else tensor
-
-    def _step(self, native: ir.Node, widen: bool) -> Step:
-        attrs: dict[str, Any] = {}
-        for name, attr in native.attributes.items():
-            if attr.type == ir.AttributeType.TENSOR:
-                tensor = _tensor(attr.value.numpy())
-                attrs[name] = self.widened(tensor) if widen else tensor
-            else:
-                attrs[name] = onnx_native.attribute(native, name)
-        if widen:
-            for name in ("to", "dtype"):
-                made = DTYPES.get(attrs.get(name, 0))
-                if made in WIDER:
-                    attrs[name] = CODES[WIDER[made]]
-            if native.op_type == "ConstantOfShape" and "value" not in attrs:
-                attrs["value"] = torch.zeros(1, dtype=torch.float64)
-        inputs = [None if v is None else v.name for v in native.inputs]
-        outputs = [o.name or "" for o in native.outputs]
-        return Step(native.op_type, native.name or native.op_type, inputs, outputs, attrs, self.opset)
-
-    def _narrow(self, native: ir.Node, name: str, tensor: Any) -> Any:
-        """An operand as the file declares it."""
-        value = next(v for v in native.inputs if v is not None and v.name == name)
-        dtype = getattr(torch, self.graph.value_of(value).dtype, None)
-        return tensor.to(dtype) if isinstance(tensor, torch.Tensor) and isinstance(dtype, torch.dtype) else tensor
-
-    def _declared(self, node: Node, results: list[Any]) -> list[Any]:
-        """Results in the dtypes that the file declares (torch promotes where ONNX does not)."""
-        made = []
-        for value, result in zip(node.outputs, results, strict=False):
-            dtype = getattr(torch, value.dtype, None) if value.dtype else None
-            fits = not isinstance(result, torch.Tensor) or not isinstance(dtype, torch.dtype) or result.dtype == dtype
-            made.append(result if fits else result.to(dtype))
-        return made
-
-    def _in_runtime(self, native: ir.Node, operands: Mapping[str, Any]) -> list[Any]:
-        """The node alone in ONNX Runtime, in the dtypes of the file."""
-        from .run import Session
-
-        data = {n: to_numpy(v) for n, v in operands.items()}
-        inputs = [ir.Value(name=n, type=ir.TensorType(onnx_native.dtype_of(d.dtype.name)), shape=ir.Shape(d.shape))
-                  for n, d in data.items()]  # fmt: skip
-        by_name = {v.name: v for v in inputs}
-        attributes = [a for a in native.attributes.values()]
-        twin = ir.Node(
-            "", native.op_type, [None if v is None else by_name[v.name] for v in native.inputs], attributes,
-            outputs=[ir.Value(name=o.name, type=o.type) for o in native.outputs],
-        )  # fmt: skip
-        outputs = [o for o in twin.outputs if o.name]
-        alone = ir.Graph(inputs, outputs, nodes=[twin], opset_imports=dict(self.graph.model.graph.opset_imports))
-        model = ir.Model(alone, ir_version=min(self.graph.model.ir_version or 10, onnx.IR_VERSION))
-        found, _ = Session(model).run(data)
-        named = iter(found)
-        return [_carried(next(named)) if o.name else None for o in native.outputs]
+def takes(node: Node) -> bool:
+    """Whether a node is a deterministic standard operator over tensors."""
+    native: ir.Node = node.native
+    if native.domain not in onnx_native.STANDARD_DOMAINS or native.op_type in RANDOM:
+        return False
+    if any(True for _ in onnx_native.subgraphs(native)):
+        return False
+    if native.op_type == "Dropout" and any(v is not None for v in list(native.inputs)[2:]):
+        return False
+    values = [*node.outputs, *(v for v in node.inputs if v is not None)]
+    return all(isinstance(v.native.type, (ir.TensorType, type(None))) and v.dtype != "string" for v in values)
 
 
-def _carried(result: Any) -> Any:
-    data = np.asarray(result)
-    return _tensor(data) if data.dtype.name in SUPPORTED_DTYPES else data
+def in_numpy(
+    graph: ONNXGraph, nodes: Sequence[Node], wanted: Sequence[Value], wide: bool
+) -> dict[str, np.ndarray] | None:
+    """The data of ``wanted``, which ``nodes`` (operands first) compute; None where that takes the full evaluation.
+
+    Every node must move elements, or compute small integers, or (``wide``) be plain arithmetic on floats, which is
+    done in float64 and not rounded yet. Otherwise results come in the dtypes of the file.
+    """
+    known: dict[ir.Value, np.ndarray] = {}
+    for node in nodes:
+        made = move(graph, node, known, wide=wide)
+        if made is None and wide:
+            made = _arithmetic(graph, node, known)
+        if made is None:
+            return None
+        known.update(zip(node.native.outputs, made, strict=True))
+    return {v.name: np.ascontiguousarray(known[v.native]).reshape(known[v.native].shape) for v in wanted}
+
+
+def move(
+    graph: ONNXGraph, node: Node, known: Mapping[ir.Value, np.ndarray], wide: bool = False
+) -> list[np.ndarray] | None:
+    """The outputs of one node that only moves elements of constants, views where possible; None if it is no such.
+
+    Small integers and booleans are computed too: there every runtime gives the same. ``wide``: floats are widened
+    to float64 and casts between floats leave them so.
+    """
+    native: ir.Node = node.native
+    op = native.op_type
+    if op not in KNOWN or native.domain not in onnx_native.STANDARD_DOMAINS:
+        return None
+    operands = _operands(graph, native, known, wide)
+    if operands is None or not operands or operands[0] is None:
+        return None
+    first = operands[0]
+    attrs: dict[str, Any] = {name: onnx_native.attribute(native, name) for name in native.attributes}
+    attrs["#outputs"] = len(native.outputs)
+    try:
+        if op == "Concat":
+            return [np.concatenate([x for x in operands if x is not None], attrs["axis"])]
+        if op == "Expand":
+            shape = tuple(int(d) for d in np.asarray(operands[1]).ravel())
+            return [np.broadcast_to(first, np.broadcast_shapes(first.shape, shape))]
+        if op == "GatherElements":
+            axis, index = attrs.get("axis", 0), np.asarray(operands[1])
+            return [np.take_along_axis(first, np.where(index < 0, index + first.shape[axis], index), axis)]
+        if op in ("Cast", "CastLike"):
+            return _cast(graph, native, first, wide)
+        if op in MOVES:
+            return MOVES[op](attrs, first, operands[1:])
+    except (ValueError, IndexError, TypeError):
+        return None  # operands that do not fit: the full evaluation says which
+    if any(x is None or x.dtype.kind not in "iub" for x in operands):
+        return None
+    if op == "Mod" and attrs.get("fmod"):
+        return None
+    found = evaluate(op, attrs, [Elements.constant(x) for x in operands if x is not None])
+    return None if found is None else [e.a for e in found]
+
+
+ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Neg": np.negative, "Sqrt": np.sqrt,
+    "Reciprocal": np.reciprocal, "Abs": np.abs,
+}  # fmt: skip
+INTEGER = frozenset("Add Sub Mul Mod Range And Or Not Equal Less LessOrEqual Greater GreaterOrEqual Where".split())
+KNOWN = frozenset(MOVES) | INTEGER | {"Concat", "Expand", "GatherElements", "Cast", "CastLike"}
+WIDENED = ("float16", "bfloat16", "float32")
+PLAIN = ("float16", "float32", "float64")
+TARGETS = frozenset((*PLAIN, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))))
+
+
+def _operands(
+    graph: ONNXGraph, native: ir.Node, known: Mapping[ir.Value, np.ndarray], wide: bool
+) -> list[np.ndarray | None] | None:
+    operands: list[np.ndarray | None] = []
+    for value in native.inputs:
+        data = None if value is None else known[value] if value in known else _stored(graph, value)
+        if value is not None and data is None and not (native.op_type == "CastLike" and operands):
+            return None
+        if wide and data is not None and data.dtype.name in WIDENED:
+            data = data.astype(np.float64)
+        operands.append(data)
+    return operands
+
+
+def _arithmetic(graph: ONNXGraph, node: Node, known: Mapping[ir.Value, np.ndarray]) -> list[np.ndarray] | None:
+    function = ARITHMETIC.get(node.native.op_type)
+    operands = _operands(graph, node.native, known, True)
+    if function is None or operands is None or any(x is None or x.dtype != np.float64 for x in operands):
+        return None
+    with np.errstate(all="ignore"):
+        return [np.asarray(function(*operands))]
+
+
+def _cast(graph: ONNXGraph, native: ir.Node, data: np.ndarray, wide: bool) -> list[np.ndarray] | None:
+    """Casts on which all runtimes agree: integers, roundings between plain floats, floats in range to integers."""
+    target = graph.value_of(native.outputs[0]).dtype
+    source = data.dtype.name
+    if wide and data.dtype == np.float64 and target in (*PLAIN, "bfloat16"):
+        return [data]
+    if source == target or source in PLAIN and target in PLAIN or data.dtype.kind in "iub" and target in TARGETS:
+        with np.errstate(over="ignore"):
+            return [data.astype(target)]
+    whole = target in ("bool", "int32", "int64") and source in PLAIN and bool((np.abs(data) < 2**31 - 1).all())
+    return [data.astype(target)] if whole else None
+
+
+def _stored(graph: ONNXGraph, value: ir.Value) -> np.ndarray | None:
+    tensor = onnx_native.constant_tensor(value)
+    if tensor is not None:
+        return np.asarray(tensor.numpy())
+    view = graph.view.get(value)
+    return None if view is None or view.literal is None else np.asarray(view.literal)

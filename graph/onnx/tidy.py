@@ -61,6 +61,46 @@ def write_settled_sizes(g: ONNXGraph) -> list[str]:
     return written
 
 
+def store_constants(g: ONNXGraph) -> list[str]:
+    """Turn Constant nodes into initializers of the same name; the names.
+
+    A file before IR version 4 lists its initializers as inputs, and an output needs a node: there they stay.
+    """
+    graph = g.model.graph
+    if (g.model.ir_version or 0) < 4:
+        return []
+    stored = []
+    for node in [n for n in graph if onnx_native.is_constant_node(n)]:
+        old, tensor = node.outputs[0], onnx_native.constant_attribute(node)
+        if tensor is None or old.is_graph_output() or not old.name:
+            continue
+        held = ir.Value(
+            name=old.name, shape=ir.Shape(onnx_native.tensor_shape(tensor)), type=ir.TensorType(tensor.dtype)
+        )
+        held.const_value = _renamed(tensor, old.name)
+        held.doc_string = old.doc_string
+        held.metadata_props.update(old.metadata_props)
+        for use in list(old.uses()):
+            use.node.replace_input_with(use.idx, held)
+        graph.remove(node, safe=True)
+        graph.initializers.add(held)
+        g.table.constant(held)
+        stored.append(old.name)
+    if stored:
+        g.resync()
+        g.touch()
+    return stored
+
+
+def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """A tensor of that name over the same data; the attribute that it comes from may be the caller's."""
+    if tensor.name == name:
+        return tensor
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.StringTensor(tensor.string_data(), shape=ir.Shape(onnx_native.tensor_shape(tensor)), name=name)
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(onnx_native.tensor_shape(tensor)), name=name)
+
+
 def merge_duplicates(g: ONNXGraph, *, smallest: int) -> dict[str, str]:
     """Let readers of a stored tensor read an equal one that comes before it; {name that went: name that stays}.
 

@@ -11,7 +11,7 @@ SMALLEST = 1024
 """Floating tensors of fewer bytes than this are not merged: equal biases of two layers have nothing in common."""
 
 
-NAMES = ("functions", "settled_sizes", "duplicate_tensor", "unused_tensor")
+NAMES = ("functions", "settled_sizes", "constant_node", "duplicate_tensor", "unused_tensor")
 """What ``disable`` may name besides the rules."""
 
 
@@ -37,13 +37,15 @@ def tidy_before(graph: Graph, disable: Collection[str] = ()) -> list[Decision]:
 
 
 def tidy_after(graph: Graph, disable: Collection[str] = ()) -> list[Decision]:
-    """ONNX: merge equal stored tensors, forget those that nothing reads."""
+    """ONNX: Constant nodes become initializers, equal stored tensors one; those that nothing reads are forgotten."""
     if graph.kind != "onnx":
         return []
     from ...graph.onnx import tidy
 
     unused = [] if "unused_tensor" in disable else tidy.drop_unused_tensors(graph)  # type: ignore[arg-type]
+    stored = [] if "constant_node" in disable else tidy.store_constants(graph)  # type: ignore[arg-type]
     made = [Decision(n, "removed", "nobody reads it", {"rule": "unused_tensor"}) for n in unused]
+    made += [Decision(n, "stored", "a Constant node is an initializer", {"rule": "constant_node"}) for n in stored]
     return made + ([] if "duplicate_tensor" in disable else _merged(graph, SMALLEST))
 
 

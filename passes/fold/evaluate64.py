@@ -39,7 +39,11 @@ def evaluable(graph: Graph, node: Node) -> bool:
         return False  # it drops in training, and what comes back may be trained
     if graph.kind == "onnx" and node.op == "opaque" and node.origin not in PLAIN:
         return False  # what has no canonical form is computed as the runtime does, by the rule of constant folding
-    return _machine(graph).takes(node)
+    if graph.kind == "onnx":
+        from ...graph.onnx.single import takes
+
+        return takes(node)
+    return bool(_machine(graph).takes(node))
 
 
 def evaluate64(graph: Graph, values: Sequence[Value]) -> dict[str, np.ndarray]:
@@ -72,6 +76,8 @@ def evaluate64(graph: Graph, values: Sequence[Value]) -> dict[str, np.ndarray]:
         return found
     nodes = _cone(graph, wanted)
     jumps = _jumps(nodes)
+    if graph.kind == "onnx" and (plain := _in_numpy(graph, nodes, wanted, bool(jumps))) is not None:
+        return found | plain
     both = bool(jumps)
     wide, native = _run(graph, nodes, wanted, both, jumps)
     unfinished = [v for v in wanted if not _finite(wide[id(v)], v.dtype)]
@@ -83,6 +89,22 @@ def evaluate64(graph: Graph, values: Sequence[Value]) -> dict[str, np.ndarray]:
         else:
             found[value.name] = cast_once(_array(wide[id(value)], WIDE.get(value.dtype, value.dtype)), value.dtype)
     return found
+
+
+def _in_numpy(
+    graph: Graph, nodes: Sequence[Node], wanted: Sequence[Value], jumps: bool
+) -> dict[str, np.ndarray] | None:
+    """The same without torch, where moves and plain arithmetic are all there is; None elsewhere."""
+    from ...graph.onnx.single import ARITHMETIC, in_numpy
+
+    floats = any(v.dtype in WIDE for node in nodes for v in node.outputs)
+    wide = floats and any(node.native.op_type in ARITHMETIC for node in nodes)
+    made = None if wide and jumps else in_numpy(graph, nodes, wanted, wide)  # type: ignore[arg-type]
+    if made is None or not wide:
+        return made
+    rounded = {v.name: cast_once(made[v.name], v.dtype) for v in wanted}
+    finite = all(np.isfinite(r.astype(np.float64)).all() for r in rounded.values())
+    return rounded if finite else None
 
 
 def cast_once(data: np.ndarray, dtype: str) -> np.ndarray:
@@ -221,6 +243,6 @@ def _machine(graph: Any) -> Any:
         from ...graph.fx.single import Single as FX
 
         return FX(graph)
-    from ...graph.onnx.single import Single as ONNX
+    from ...graph.onnx.single_torch import Single as ONNX
 
     return ONNX(graph)
