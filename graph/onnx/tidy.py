@@ -97,7 +97,8 @@ def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     if tensor.name == name:
         return tensor
     if tensor.dtype == ir.DataType.STRING:
-        return ir.StringTensor(tensor.string_data(), shape=ir.Shape(onnx_native.tensor_shape(tensor)), name=name)
+        data = [s if isinstance(s, bytes) else str(s).encode() for s in tensor.numpy().reshape(-1)]
+        return ir.StringTensor(data, shape=ir.Shape(onnx_native.tensor_shape(tensor)), name=name)
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=ir.Shape(onnx_native.tensor_shape(tensor)), name=name)
 
 
