@@ -197,7 +197,27 @@ def pass_markdown(classes: Sequence[type[Pass]]) -> str:
                 lines.append(
                     f"| {option['name']} | `{kind}` | `{default}` | {option['meaning'].replace('|', chr(92) + '|')} |"
                 )
+        lines += _rule_table(cls)
     return "\n".join(lines) + "\n"
+
+
+def _rule_table(cls: type[Pass]) -> list[str]:
+    """The rewrite rules of a pass that has some: what each does, its identity, conditions and refusals."""
+    if not hasattr(cls, "described_rules"):
+        return []
+    lines = ["", "| rule | what it does | identity | conditions | refuses |", "|---|---|---|---|---|"]
+    for rule in cls().described_rules():
+        parts = _parts(inspect.cleandoc(rule.__doc__ or ""))
+        cells = [parts.get(k, "").replace("|", "\\|") for k in ("", "Identity", "Conditions", "Refuses")]
+        lines.append(f"| `{rule.name}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _parts(text: str) -> dict[str, str]:
+    """A rule's docstring cut at its headings; the first line is under the empty one."""
+    pieces = re.split(r"^(Identity|Conditions|Refuses|Source[^:]*): ", text, flags=re.MULTILINE)
+    found = {"": pieces[0], **dict(zip(pieces[1::2], pieces[2::2], strict=True))}
+    return {name: " ".join(part.split()).replace("``", "`") for name, part in found.items()}
 
 
 def _doc(cls: type[Pass]) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from ...graph.garbage import undisturbed
 from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass
-from ..rewrite import Env, rewrite
+from ..rewrite import Env, Rule, rewrite
 from ..rewrite.choice import chosen
 from . import CLEAN_RULES
 from .whole import but_whole, tidy_after, tidy_before
@@ -32,6 +32,10 @@ class Clean(Pass):
     """Only the rules of these names; all if None."""
     disable: list[str] = []
     """Names of rules not to run."""
+
+    def described_rules(self) -> list[Rule]:
+        """The rules it runs, in the order in which they are tried at a node."""
+        return list(CLEAN_RULES)
 
     def prepare(self, ctx: Context) -> None:
         """Every name in ``rules`` and ``disable`` must be a rule's."""

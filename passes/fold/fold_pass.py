@@ -45,13 +45,14 @@ class Fold(Pass):
 
     def prepare(self, ctx: Context) -> None:
         """Every name in ``rules`` and ``disable`` must be a rule's."""
-        chosen(self._all_rules(), self.rules, but_whole(self.disable), self.name)
+        chosen(self.described_rules(), self.rules, but_whole(self.disable), self.name)
 
     def verified(self) -> bool:
         """Not under ``verify="off"``."""
         return self.verify != "off"
 
-    def _all_rules(self) -> list[Rule]:
+    def described_rules(self) -> list[Rule]:
+        """The rules it runs under these options, in the order in which they are tried at a node."""
         return [*fold_rules(), *(CLEAN_RULES if self.clean else [])]
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
@@ -60,7 +61,7 @@ class Fold(Pass):
             return self._apply(graph, ctx)
 
     def _apply(self, graph: Graph, ctx: Context) -> Outcome:
-        rules = chosen(self._all_rules(), self.rules, but_whole(self.disable), self.name)
+        rules = chosen(self.described_rules(), self.rules, but_whole(self.disable), self.name)
         whole = self.clean and self.rules is None
         before = tidy_before(graph, self.disable) if whole else []
         log = rewrite(graph, rules, Env(graph, ctx, windows=self.verify == "window"))
