@@ -304,6 +304,11 @@ class Graph(abc.ABC):
         containers follow the model's signature. Raises ConstraintError naming a missing or extra input.
         """
 
+    @property
+    def user_class(self) -> bool:
+        """Whether the model comes back as a class of the user's, unless a rewrite changes more than its layers."""
+        return False
+
     # ---- helpers for front ends ------------------------------------------------------------------------------
     def _link(self) -> None:
         """Recompute ``uses`` and ``producer`` of every value from the node list."""

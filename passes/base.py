@@ -162,6 +162,7 @@ class Context:
         facts: what holds of the graph now (``"float"`` at the start; see ``Pass.establishes``).
         backends: name of a target -> its backend.
         original: the graph of the model that came in.
+        inplace: whether the result goes back into the caller's module, which must then keep its class.
         untouched: the graph as it is before the pass that is running, whose clone ``apply`` edits.
         reference: what a pass that selects leaves for those that repair; None while nothing was cut.
         last: no pass comes after this one: nothing need be left for it.
@@ -177,6 +178,7 @@ class Context:
     facts: set[str] = field(default_factory=lambda: {"float"})
     backends: BackendResolver = no_backends
     original: Graph | None = None
+    inplace: bool = False
     untouched: Graph | None = None
     reference: Reference | None = None
     last: bool = False

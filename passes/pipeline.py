@@ -148,6 +148,7 @@ class Pipeline:
             progress=progress or no_progress,
             facts=set(START),
             backends=backend,
+            inplace=inplace,
         )
         self._prepare(ctx)
         brief = calibration is None and all(step.selects_only() for step in self.passes)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from foldline import passes as P
 from foldline.graph.errors import FoldlineError
 from foldline.graph.execute import run_graph
 from foldline.graph.ir import Graph
@@ -539,3 +540,29 @@ def test_whole_models_keep_their_function(name: str) -> None:
 def test_an_unknown_option_is_an_error() -> None:
     with pytest.raises(FoldlineError):
         Fold(unknown=1)
+
+
+class Gated(nn.Module):
+    """A batch norm between layers, a scale in the program, and twins that tidying would merge."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.gated = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), gated
+        self.gate = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return y * self.gate if self.gated else torch.tanh(y) + torch.tanh(y)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_module_keeps_its_class_where_only_tidying_would_cost_it(gated: bool) -> None:
+    model, x = fill(Gated(gated)), torch.randn(2, 3, 6, 6)
+    free, kept = P.fold(model, (x,)), P.fold(model, (x,), keep_class=True)
+    assert type(kept.model) is Gated and norms(kept.graph) == 0
+    assert (type(free.model) is Gated) == (not gated)
+    for result in (free, kept):
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-5)
+    before = model(x).detach()
+    assert P.fold(model, (x,), inplace=True).model is model and isinstance(model.norm, nn.Identity)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)

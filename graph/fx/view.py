@@ -330,6 +330,11 @@ class FXView(Graph):
         """State-dict names of the caller's module in order."""
         return [] if self.source.module is None else list(self.source.module.state_dict(keep_vars=True))
 
+    @property
+    def user_class(self) -> bool:
+        """Whether the graph was captured from a module that has a program of its own."""
+        return self.source.module is not None and not isinstance(self.source.module, fx.GraphModule)
+
     def is_persistent(self, name: str) -> bool:
         """Does the caller's state_dict hold this name? (True for names foldline added.)"""
         return name not in self.source.unsaved

@@ -48,7 +48,7 @@ class ConstantFolding(Rule):
         operands = [v for v in (*node.inputs, *node.dynamic) if v is not None]
         if node.op in KEPT or node.captured or not all(v.is_const for v in operands) or not node.outputs:
             return None
-        if not is_pure(env.graph, node) or not _foldable(env.graph):
+        if not is_pure(env.graph, node) or env.graph.user_class:
             return None
         if any(v.weight is not None and v.weight.trainable and env.graph.kind == "fx" for v in operands):
             return None
@@ -90,14 +90,6 @@ class ConstantFolding(Rule):
 
         facts = {"values": [v.name for v in wanted], "grown": grown}
         return Rewrite([node], apply, "stored", "all its operands are constants", facts)
-
-
-def _foldable(graph: Graph) -> bool:
-    """FX: a stored tensor of a new name has no place in the user's class, so only class-less graphs take it."""
-    if graph.kind != "fx":
-        return True
-    module = getattr(getattr(graph, "source", None), "module", None)
-    return module is None or type(module).__name__ == "GraphModule"
 
 
 def _bytes(value: Value) -> int:

@@ -142,6 +142,8 @@ def _run(node: Node, affine: Affine, env: Env) -> tuple[list[Node], Affine]:
         found = affine_of(user)
         if not isinstance(found, Affine) or position != data_operand(user):
             break
+        if env.layers_only and user.op != "batch_norm":
+            break
         affine = Affine.of(found.scale * affine.scale, found.scale * affine.shift + found.shift, affine.rank)
         run.append(user)
     return run, affine
@@ -155,6 +157,8 @@ def _absorb(run: list[Node], affine: Affine, env: Env) -> Rewrite | Refusal:
     # a norm takes arithmetic beside it, not the other way round: so that the two do not end as arithmetic alone
     arithmetic = all(n.op != "batch_norm" for n in run)
     spare = sum(2 if n.op == "batch_norm" else 1 for n in run) - 1  # additions that may stand there instead
+    if env.layers_only:
+        spare = 0
     refusals = []
     for side in ("before", "behind"):
         walk = Walk(env, arithmetic=arithmetic)

@@ -9,11 +9,14 @@ from ...graph.ir import Graph
 from ..base import Context, Contract, Needs, Outcome, Pass
 from ..clean import CLEAN_RULES
 from ..clean.whole import but_whole, tidy_after, tidy_before
-from ..rewrite import Env, Rule, rewrite
+from ..rewrite import Env, Log, Rule, rewrite
 from ..rewrite.choice import chosen
 from .affine_rules import AFFINE_RULES
 from .constants import CONSTANT_RULES
 from .linear_rules import LINEAR_RULES
+
+WITHIN_CLASS = ("constant_subgraph", "fold_norm", "push_gain")
+"""Rules whose rewrites a module's own class can express: layers get other weights, or become identities."""
 
 
 class Fold(Pass):
@@ -38,6 +41,9 @@ class Fold(Pass):
     verify: Literal["window", "model", "off"] = "model"
     """What is checked: "model" compares the whole model before and after; "window" also runs every rewrite alone, on a
     small graph cut out round it, and leaves it undone where the numbers differ; "off" checks nothing."""
+    keep_class: bool = False
+    """On an nn.Module, only what its own class can express: norms between layers, gains, parametrized weights. Implied
+    by ``inplace=True``. Otherwise a fold that changes the program gives a GraphModule; tidying alone never does."""
     rules: list[str] | None = None
     """Only the rules of these names; all if None."""
     disable: list[str] = []
@@ -64,13 +70,32 @@ class Fold(Pass):
         rules = chosen(self.described_rules(), self.rules, but_whole(self.disable), self.name)
         whole = self.clean and self.rules is None
         before = tidy_before(graph, self.disable) if whole else []
-        log = rewrite(graph, rules, Env(graph, ctx, windows=self.verify == "window"))
+        log = self._rewrite(graph, rules, ctx)
         after = tidy_after(graph, self.disable) if whole else []
         if log.applied or before or after:
             graph.refresh()
         decisions = [*before, *log.decisions, *after]
         counts = {name: sum(d.action == name for d in decisions) for name in ("folded", "refused", "stored")}
         return Outcome(decisions=decisions, details={**counts, "rewrites": len(log.applied) + len(before) + len(after)})
+
+    def _rewrite(self, graph: Graph, rules: list[Rule], ctx: Context) -> Log:
+        """All rules at once; on a module of the user's the ones first that leave its program alone."""
+        windows = self.verify == "window"
+        if not graph.user_class or self.rules is not None:
+            return rewrite(graph, rules, Env(graph, ctx, windows=windows))
+        within = Env(graph, ctx, windows=windows, layers_only=True)
+        log = rewrite(graph, [r for r in rules if r.name in WITHIN_CLASS], within)
+        if self.keep_class or ctx.inplace:
+            return log
+        tidying = {type(rule) for rule in CLEAN_RULES}
+        more = rewrite(graph, [r for r in rules if type(r) not in tidying], Env(graph, ctx, windows=windows))
+        log.refused = more.refused
+        log.applied += more.applied
+        if more.applied and len(more.applied) > sum(d.data["rule"] in WITHIN_CLASS for d in more.applied):
+            last = rewrite(graph, rules, Env(graph, ctx, windows=windows))  # the program is another one anyway
+            log.refused = last.refused
+            log.applied += last.applied
+        return log
 
 
 def fold_rules() -> list[Rule]:

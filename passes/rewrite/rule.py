@@ -81,13 +81,15 @@ class Env:
         graph: the graph being rewritten.
         ctx: the pass's context.
         windows: whether every rewrite is first checked alone, on a graph cut out round it.
+        layers_only: whether only layers and weights may change, so that a user's class still expresses the program.
         memo: what rules found out about the graph; hints that a rewrite may make stale, never the ground of one.
     """
 
-    def __init__(self, graph: Graph, ctx: Context, *, windows: bool = False) -> None:
+    def __init__(self, graph: Graph, ctx: Context, *, windows: bool = False, layers_only: bool = False) -> None:
         self.graph = graph
         self.ctx = ctx
         self.windows = windows
+        self.layers_only = layers_only
         self.memo: dict[str, Any] = {}
         self.captured: set[int] = set()
         self.look_again()

@@ -41,7 +41,7 @@ def check_window(graph: Graph, rule: Rule, node: Node, found: Rewrite, env: Env)
         before = graph.extract([node, *(n for n in found.nodes if n is not node)], readers=True)
         inputs = list(_inputs(before, env.ctx.seed))  # now: a rewrite that fixes a symbolic size does so everywhere
         after = before.clone()
-        again = rule.match(after.node(node.name), Env(after, env.ctx))
+        again = rule.match(after.node(node.name), Env(after, env.ctx, layers_only=env.layers_only))
         if not isinstance(again, Rewrite):
             why = again.reason if isinstance(again, Refusal) else "nothing is found there"
             return _refusal(rule, names, f"the rule does not apply to its window alone: {why}")
