@@ -203,10 +203,11 @@ def pass_markdown(classes: Sequence[type[Pass]]) -> str:
 
 def _rule_table(cls: type[Pass]) -> list[str]:
     """The rewrite rules of a pass that has some: what each does, its identity, conditions and refusals."""
-    if not hasattr(cls, "described_rules"):
+    described = getattr(cls(), "described_rules", None) if hasattr(cls, "described_rules") else None
+    if described is None:
         return []
     lines = ["", "| rule | what it does | identity | conditions | refuses |", "|---|---|---|---|---|"]
-    for rule in cls().described_rules():
+    for rule in described():
         parts = _parts(inspect.cleandoc(rule.__doc__ or ""))
         cells = [parts.get(k, "").replace("|", "\\|") for k in ("", "Identity", "Conditions", "Refuses")]
         lines.append(f"| `{rule.name}` | " + " | ".join(cells) + " |")
