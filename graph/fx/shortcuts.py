@@ -80,8 +80,26 @@ def _binary(x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         return None
     if not isinstance(y, torch.Tensor):
         return _like(x) if isinstance(y, (int, float)) else None
-    same = x.dtype == y.dtype and x.shape == y.shape and x.stride() == y.stride()
-    return _like(x) if same else None
+    if x.dtype != y.dtype:
+        return None
+    if x.shape == y.shape:
+        return _like(x) if x.stride() == y.stride() else None
+    wide = x if x.numel() > y.numel() else y
+    narrow = y if wide is x else x
+    if not (wide.is_contiguous() and narrow.is_contiguous()) or narrow.ndim > wide.ndim:
+        return None  # torch orders the strides of the result
+    tail = wide.shape[wide.ndim - narrow.ndim :]
+    fits = all(n in (1, w) for n, w in zip(narrow.shape, tail, strict=True))
+    return torch.empty(wide.shape, dtype=wide.dtype, device="meta") if fits else None
+
+
+def _adaptive_pool(x: torch.Tensor, output_size: Any) -> Any:
+    sizes = list(output_size) if isinstance(output_size, (list, tuple)) else None
+    if sizes is None or len(sizes) != 2 or x.ndim != 4 or not x.is_contiguous() or not x.is_floating_point():
+        return None
+    if any(not isinstance(n, int) or n < 1 for n in sizes):
+        return None
+    return torch.empty((*x.shape[:2], *sizes), dtype=x.dtype, device="meta")
 
 
 def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
@@ -122,6 +140,7 @@ _RULES: dict[Any, Rule] = {
             "dropout": _dropout,
             "conv1d conv2d conv3d": _conv,
             "mean": _mean,
+            "adaptive_avg_pool2d": _adaptive_pool,
             "softmax log_softmax": _softmax,
         }
     ),

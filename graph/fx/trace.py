@@ -69,7 +69,10 @@ def normalize_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example,), {}
 
 
-_ATOMS = (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size, FunctionType)
+_ATOMS = frozenset(
+    (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size, FunctionType)
+)
+_DICTS = frozenset((dict, OrderedDict))
 
 
 def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> None:
@@ -90,7 +93,10 @@ def module_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor a module tree holds (parameters, buffers, plain attributes), by id."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        for item in module.__dict__.values():
+        for name, item in module.__dict__.items():
+            kind = type(item)
+            if kind in _ATOMS or (kind in _DICTS and not item) or name == "_modules":
+                continue  # nearly all there is: hooks, flags, and the submodules that come up themselves
             _tensors_in(item, found, 1)
     return found
 
@@ -114,13 +120,13 @@ def _copy(item: Any, memo: dict[int, Any]) -> Any:
     known = memo.get(id(item))
     if known is not None:
         return known
-    if kind in (dict, OrderedDict):
+    if kind in _DICTS:
         made: Any = kind()
         if not item:
             return made
         memo[id(item)] = made
         for k, v in item.items():
-            made[_copy(k, memo)] = _copy(v, memo)
+            made[k if type(k) is str else _copy(k, memo)] = v if type(v) in _ATOMS else _copy(v, memo)
         return made
     if kind in (tuple, set) and all(type(v) in _ATOMS for v in item):
         return item if kind is tuple else set(item)
@@ -132,7 +138,14 @@ def _copy(item: Any, memo: dict[int, Any]) -> Any:
     if isinstance(item, nn.Module) and _plain(kind):
         made = kind.__new__(kind)
         memo[id(item)] = made
-        made.__setstate__({k: _copy(v, memo) for k, v in item.__getstate__().items()})  # type: ignore[attr-defined]
+        state: dict[str, Any] = {}
+        for k, v in item.__getstate__().items():  # type: ignore[attr-defined]
+            held = type(v)
+            state[k] = v if held in _ATOMS else held() if held in _DICTS and not v else _copy(v, memo)
+        if kind.__setstate__ is nn.Module.__setstate__:
+            made.__dict__.update(state)  # what it adds to states of old files is there already
+        else:
+            made.__setstate__(state)
         return made
     return copy.deepcopy(item, memo)
 
