@@ -59,4 +59,4 @@ class Clean(Pass):
         if log.applied or before or after:
             graph.refresh()
         details = {"rewritten": len(log.applied) + len(before) + len(after), "refused": len(log.refused)}
-        return Outcome(decisions=[*before, *log.decisions, *after], details=details)
+        return Outcome(decisions=[*log.decisions, *before, *after], details=details)

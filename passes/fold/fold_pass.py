@@ -19,6 +19,9 @@ WITHIN_CLASS = ("constant_subgraph", "fold_norm", "push_gain")
 """Rules whose rewrites a module's own class can express: layers get other weights, or become identities."""
 
 
+FIRST = ("fold_norm", "fold_scale_shift", "push_gain", "merge_branches", "merge_chain", "merge_flattened")
+
+
 class Fold(Pass):
     """Fold everything constant into the weights: norms, scales, branches, chains, parametrizations; then tidy up.
 
@@ -69,14 +72,17 @@ class Fold(Pass):
     def _apply(self, graph: Graph, ctx: Context) -> Outcome:
         rules = chosen(self.described_rules(), self.rules, but_whole(self.disable), self.name)
         whole = self.clean and self.rules is None
+        nodes = len(graph.nodes)
         before = tidy_before(graph, self.disable) if whole else []
         log = self._rewrite(graph, rules, ctx)
         after = tidy_after(graph, self.disable) if whole else []
         if log.applied or before or after:
             graph.refresh()
-        decisions = [*before, *log.decisions, *after]
+        decisions = [*log.decisions, *before, *after]
+        decisions.sort(key=lambda d: d.data.get("rule") not in FIRST)  # what a reader looks for comes first
         counts = {name: sum(d.action == name for d in decisions) for name in ("folded", "refused", "stored")}
-        return Outcome(decisions=decisions, details={**counts, "rewrites": len(log.applied) + len(before) + len(after)})
+        made = len(log.applied) + len(before) + len(after)
+        return Outcome(decisions=decisions, details={**counts, "rewrites": made, "nodes": [nodes, len(graph.nodes)]})
 
     def _rewrite(self, graph: Graph, rules: list[Rule], ctx: Context) -> Log:
         """All rules at once; on a module of the user's the ones first that leave its program alone."""
