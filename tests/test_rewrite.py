@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from foldline.graph.errors import ConstraintError
+from foldline.graph.execute import run_graph
 from foldline.graph.ir import Graph, Node
 from foldline.graph.load import load
 from foldline.passes.base import Context
@@ -240,3 +241,34 @@ def test_weights_of_a_large_model_are_not_loaded(tmp_path: Path) -> None:
     rewrites, left, extra = map(int, found.stdout.split()[-3:])
     assert rewrites >= blocks and left == 2 * blocks
     assert extra < 0.3 * 2**20, f"{extra / 2**20:.2f} GiB"
+
+
+def test_a_value_that_a_merge_makes_and_a_subgraph_reads_is_seen_as_read() -> None:
+    """The sum of two branches is read by an If alone; folding the dead addition behind it must not change it."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (float[1,2,4,4] x, bool c) => (float[1,2,4,4] y)
+        <float[2,2,3,3] w, float[2,2,1,1] v, float k = {0.5}>
+        {
+            a = Conv<pads=[1,1,1,1]>(x, w)
+            b = Conv(x, v)
+            s = Add(a, b)
+            dead = Add(k, s)
+            y = If(c) <then_branch = t () => (float[1,2,4,4] p) { p = Relu(s) },
+                       else_branch = e () => (float[1,2,4,4] q) { q = Neg(s) }>
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    del model.graph.initializer[:]
+    for name, shape in (("w", (2, 2, 3, 3)), ("v", (2, 2, 1, 1)), ("k", ())):
+        data = np.asarray(rng.standard_normal(shape), np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(data, name))
+    graph = fl.load(model)
+    inputs = {"x": rng.standard_normal((1, 2, 4, 4)).astype(np.float32), "c": np.asarray(True)}
+    after = graph.clone()
+    P.Fold().apply(after, Context())
+    assert sum(n.op == "conv" for n in after.nodes) == 1
+    for flag in (True, False):
+        inputs["c"] = np.asarray(flag)
+        np.testing.assert_allclose(run_graph(after, inputs)[0][0], run_graph(graph, inputs)[0][0], rtol=1e-5, atol=1e-5)

@@ -116,6 +116,7 @@ class _Run:
         if self.env.ctx.fuel is not None:
             self.env.ctx.fuel.take(decision)
         again += found.apply(self.graph) or ()
+        self.env.follow(again)
         self.log.applied.append(decision)
         if len(self.log.applied) > self.limit:
             last = {str(d.data["rule"]) for d in self.log.applied[-100:]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -92,11 +92,18 @@ class Env:
         self.layers_only = layers_only
         self.memo: dict[str, Any] = {}
         self.captured: set[int] = set()
+        self._capturing: dict[Node, None] = {}
         self.look_again()
 
     def look_again(self) -> None:
         """Find out anew which values subgraphs read: some may be gone (a rule that adds any adds them here itself)."""
-        self.captured = {id(v) for node in self.graph.nodes for v in node.captured}
+        self._capturing = dict.fromkeys(node for node in self.graph.nodes if node.captured)
+        self.captured = {id(v) for node in self._capturing for v in node.captured}
+
+    def follow(self, made: Iterable[Node]) -> None:
+        """After a rewrite: what subgraphs read may have become another value, and ``made`` may hold subgraphs."""
+        self._capturing.update((node, None) for node in made if node.captured)
+        self.captured.update(id(v) for node in self._capturing for v in node.captured)
 
     def sole_reader(self, value: Value, reader: Node) -> Refusal | None:
         """Why ``value`` may not change under ``reader``: somebody besides it sees its numbers. None: nobody does."""
