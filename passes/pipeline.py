@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ..graph.actions import Plan
 from ..graph.errors import ConfigError, ConstraintError, FoldlineError
+from ..graph.garbage import undisturbed
 from ..graph.ir import Graph
 from ..graph.version import VERSION
 from . import config, registry
@@ -152,7 +152,7 @@ class Pipeline:
         )
         self._prepare(ctx)
         brief = calibration is None and all(step.selects_only() for step in self.passes)
-        with _undisturbed() if brief else nullcontext():
+        with undisturbed() if brief else nullcontext():
             graph = load(model, example_inputs, static=brief)
             # one pass that selects, and nothing to compare with: it may edit what was loaded for it alone
             ctx.spare = brief and not verify and len(self.passes) == 1 and graph.kind == "fx" and graph is not model
@@ -282,18 +282,6 @@ class Pipeline:
             notes=list(graph.notes),
             names=frozenset(names),
         )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No search for cyclic garbage meanwhile: a short call that makes many small objects would trigger several."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def _cost(graph: Graph) -> CostSummary:
