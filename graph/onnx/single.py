@@ -78,7 +78,10 @@ def move(
             shape = tuple(int(d) for d in np.asarray(operands[1]).ravel())
             return [np.broadcast_to(first, np.broadcast_shapes(first.shape, shape))]
         if op == "GatherElements":
-            axis, index = attrs.get("axis", 0), np.asarray(operands[1])
+            index = np.asarray(operands[1])
+            axis = attrs.get("axis", 0) % first.ndim
+            # only as many rows are read as the indices have; numpy would broadcast a single one
+            first = first[tuple(slice(None) if i == axis else slice(n) for i, n in enumerate(index.shape))]
             return [np.take_along_axis(first, np.where(index < 0, index + first.shape[axis], index), axis)]
         if op in ("Cast", "CastLike"):
             return _cast(graph, native, first, wide)
