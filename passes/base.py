@@ -165,6 +165,8 @@ class Context:
         inplace: whether the result goes back into the caller's module, which must then keep its class.
         untouched: the graph as it is before the pass that is running, whose clone ``apply`` edits.
         reference: what a pass that selects leaves for those that repair; None while nothing was cut.
+        unquantized: the graph as it was before the first pass that quantized it, for those that correct or judge
+            the result; None while it is float. It shares its weights with the run's.
         last: no pass comes after this one: nothing need be left for it.
         spare: nobody needs the graph as it was loaded: the one pass of the run edits it, and no clone.
         fuel: limits the rewrites of the passes that follow rules; None: no limit, nothing is counted.
@@ -181,6 +183,7 @@ class Context:
     inplace: bool = False
     untouched: Graph | None = None
     reference: Reference | None = None
+    unquantized: Graph | None = None
     last: bool = False
     spare: bool = False
     fuel: Fuel | None = None

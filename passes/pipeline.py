@@ -220,6 +220,8 @@ class Pipeline:
                 ctx.last = i + 1 == len(self.passes)
                 clone = graph.clone() if step.edits and not ctx.spare else graph
                 ctx.untouched = None if ctx.spare else graph
+                if "float" in ctx.facts and "quantized" in step.establishes and not ctx.last:
+                    ctx.unquantized = graph
                 outcome = step.apply(clone, ctx)
             new = outcome.graph or clone
             with checking:

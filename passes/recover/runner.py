@@ -101,6 +101,11 @@ class Runner(ABC):
         for env in self.envs:
             self._call(self.order[self.at - 1], env)
 
+    def remake(self, value: Value) -> None:
+        """Make the call that wrote a computed value again, after a weight it reads has changed."""
+        for env in self.envs:
+            self._call(self.order[self._writer[self.key(value)]], env)
+
     def values(self, value: Value) -> list[Any] | None:
         """The tensor of a value in each batch, or None where it is not alive."""
         key = self.key(value)
