@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import onnx
@@ -36,8 +37,22 @@ def test_mean_of_extremes_has_the_same_bits_in_every_order() -> None:
     seen = {(s.low, s.high) for p in itertools.permutations(BATCHES) for s in [fill(MeanMinMax(), p)]}
     assert len(seen) == 1
     (low, high) = seen.pop()
-    assert low == pytest.approx(np.mean([b.min() for b in BATCHES]))
-    assert high == pytest.approx(np.mean([b.max() for b in BATCHES]))
+    assert low == pytest.approx(np.mean([sample.min() for b in BATCHES for sample in b]))
+    assert high == pytest.approx(np.mean([sample.max() for b in BATCHES for sample in b]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.integers(0, 40))
+def test_mean_of_extremes_does_not_depend_on_how_samples_are_batched(values, cut) -> None:
+    whole = np.array(values, np.float32).reshape(-1, 1)
+    one, two, three = MeanMinMax(), MeanMinMax(), MeanMinMax()
+    one.update(whole)
+    fill(two, [whole[cut:], whole[:cut]])
+    fill(three, [whole[:cut]])
+    three.merge(fill(MeanMinMax(), [whole[cut:]]))
+    assert one.low == two.low == three.low and one.samples == two.samples == three.samples
+    # The sum is exact: what math.fsum gives, over the number of samples.
+    assert one.low == math.fsum(float(v) for v in whole[:, 0]) / len(values)
 
 
 def test_histogram_equals_numpy_on_its_own_edges() -> None:
