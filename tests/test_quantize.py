@@ -20,7 +20,7 @@ from foldline.passes.quantize.numerics import bias_params, least_weight_scale, r
 from foldline.passes.quantize.placement import place
 from torch import nn
 
-UINT8, INT8 = TensorFormat("uint8"), TensorFormat("int8", symmetric=True, per_channel=True)
+UINT8, INT8 = TensorFormat("uint8"), TensorFormat("int8", symmetric=True, granularity="out_channel")
 SPEC = get("onnxruntime-cpu").spec
 assert SPEC is not None
 

@@ -1,81 +1,217 @@
-"""Integer arithmetic of quantization, bit for bit as ONNX defines it: scales, zero points, rounding, errors."""
+"""Arithmetic of quantization, bit for bit as ONNX defines it: scales, zero points, rounding, errors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from .spec import TensorFormat
+from .spec.formats import FLOAT_LIMITS, LIMITS, TensorFormat, numpy_dtype
 
-LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "int32": (-(2**31), 2**31 - 1)}
+RoundingRule = Literal["divide", "reciprocal"]
+"""``divide``: rint(x / scale), as ONNX defines it; ``reciprocal``: rint(x * (1 / scale)), as torch's kernels do.
+
+Both round ties to even; the products differ from the quotients in the last bit, so that values near a tie may differ.
+"""
 
 
 @dataclass(frozen=True)
 class QuantParams:
-    """Scale (float32) and zero point (of the stored dtype): 0-d per tensor, 1-d along ``axis`` per channel."""
+    """A grid: scale and zero point of one tensor.
+
+    Attributes:
+        scale: 0-d (per tensor); 1-d (one per index of ``axis``); or of the tensor's rank, with one entry per block of
+            ``block`` indices along ``axis`` and one per index of the other axes.
+        zero_point: of the scale's shape (or 0-d), in the stored dtype; 0 for floating types.
+        axis: None per tensor.
+        block: 0 without blocks. The last block may be shorter.
+        low, high: the stored values used; None for all that the dtype holds.
+        rule: division or reciprocal.
+    """
 
     scale: np.ndarray
     zero_point: np.ndarray
     axis: int | None = None
+    block: int = 0
+    low: float | None = None
+    high: float | None = None
+    rule: RoundingRule = "divide"
 
     @property
     def dtype(self) -> str:
         return str(self.zero_point.dtype)
 
-    def _spread(self, a: np.ndarray, rank: int) -> np.ndarray:
-        return a if self.axis is None else a.reshape([-1 if i == self.axis else 1 for i in range(rank)])
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Smallest and largest stored value."""
+        name = self.dtype
+        least, most = LIMITS[name] if name in LIMITS else (-FLOAT_LIMITS[name], FLOAT_LIMITS[name])
+        return (least if self.low is None else self.low), (most if self.high is None else self.high)
+
+    def spread(self, parameter: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Scale or zero point in a shape that broadcasts against a tensor of ``shape``."""
+        if self.axis is None or parameter.ndim == 0:
+            return parameter.reshape(())
+        axis = self.axis % len(shape)
+        if self.block:
+            repeated = np.repeat(parameter, self.block, axis=axis)
+            return repeated[(slice(None),) * axis + (slice(shape[axis]),)]
+        return parameter.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
-        """clip(rint(x / scale) + zero_point): a float32 division, ties to even, as in QuantizeLinear."""
-        low, high = LIMITS[self.dtype]
-        ratio = x.astype(np.float32) / self._spread(self.scale, x.ndim)
-        shifted = np.rint(ratio).astype(np.float64) + self._spread(self.zero_point, x.ndim).astype(np.float64)
-        return np.clip(shifted, low, high).astype(self.dtype)
+        """clip(rint(x / scale) + zero_point) in float32, ties to even, as in QuantizeLinear; saturating.
+
+        Floating types: x / scale rounded to the type (ties to even), saturating; NaN stays.
+
+        Returns:
+            An array of the stored dtype and x's shape. Memory while it works: one float32 copy of x.
+        """
+        low, high = self.limits
+        steps = self.steps(x)
+        if self.dtype in FLOAT_LIMITS:
+            return np.clip(steps, low, high, out=steps).astype(self.zero_point.dtype)
+        np.rint(steps, out=steps)
+        if self.dtype == "int32":  # float32 does not hold the ends of the range
+            steps = steps.astype(np.float64)
+        if self.zero_point.any():
+            steps += self.spread(self.zero_point, x.shape).astype(steps.dtype)
+        np.clip(steps, low, high, out=steps)
+        return steps.astype(np.int8 if self.dtype in ("int4", "int2") else self.zero_point.dtype).astype(
+            self.zero_point.dtype, copy=False
+        )
+
+    def steps(self, x: np.ndarray) -> np.ndarray:
+        """x / scale (or x * (1 / scale)) in float32, not rounded: where the elements lie between the integers."""
+        scale = self.spread(self.scale.astype(np.float32), x.shape)
+        values = x.astype(np.float32, copy=False)
+        if self.rule == "reciprocal":
+            return np.asarray(np.multiply(values, np.float32(1) / scale))
+        return np.asarray(np.divide(values, scale))
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
-        """(q - zero_point) * scale in float32."""
-        centred = q.astype(np.int32) - self._spread(self.zero_point, q.ndim).astype(np.int32)
-        return centred.astype(np.float32) * self._spread(self.scale, q.ndim)
+        """(q - zero_point) * scale, computed in float32; float16 and bfloat16 scales give their own dtype."""
+        name = str(self.scale.dtype)
+        values: np.ndarray = q.astype(np.float32)
+        if self.zero_point.any():
+            if self.dtype == "int32":
+                centred = q.astype(np.int64) - self.spread(self.zero_point, q.shape).astype(np.int64)
+                values = centred.astype(np.float32)
+            else:
+                values -= self.spread(self.zero_point, q.shape).astype(np.float32)
+        scale = self.spread(self.scale, q.shape).astype(np.float32)
+        values = np.asarray(values * scale)
+        return values.astype(self.scale.dtype) if name in ("float16", "bfloat16") else values
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """What the quantized tensor stands for: dequantize(quantize(x))."""
+        return self.dequantize(self.quantize(x))
+
+
+def _rounded_scale(scale: np.ndarray, form: TensorFormat) -> np.ndarray:
+    """Scales in their stored type, positive: a power of two is rounded up (nothing clips), others to the nearest."""
+    if form.scale_dtype == "float32":
+        found = scale.astype(np.float32)
+        smallest = np.finfo(np.float32).smallest_subnormal
+    else:
+        stored = numpy_dtype(form.scale_dtype)
+        if form.scale_dtype == "float8_e8m0fnu":
+            with np.errstate(divide="ignore"):
+                exponent = np.ceil(np.log2(np.asarray(scale, np.float64)))
+            found = np.exp2(np.clip(exponent, -127, 127)).astype(stored)
+            smallest = np.exp2(-127.0)
+        else:
+            import ml_dtypes
+
+            info = ml_dtypes.finfo(stored)
+            found = np.clip(scale, 0, float(info.max)).astype(stored)
+            smallest = float(info.smallest_subnormal)
+    # A tensor of zeros keeps scale 1; a range that underflows the scale's type keeps its smallest value.
+    found = np.maximum(found, np.asarray(smallest).astype(found.dtype))
+    return np.where(np.asarray(scale) > 0, found, np.ones_like(found))
+
+
+def grid(low: np.ndarray, high: np.ndarray, form: TensorFormat, axis: int | None = None, block: int = 0) -> QuantParams:
+    """Parameters for tensors with values in [low, high], of any shape of scales; zero is always representable.
+
+    Args:
+        low, high: float arrays of one shape: 0-d, one per index of ``axis``, or one per block.
+        form: the format; its ``granularity`` is not read here.
+        axis, block: what the scales lie along, see :class:`QuantParams`.
+    """
+    qmin, qmax = form.limits
+    low, high = np.minimum(np.asarray(low, np.float64), 0), np.maximum(np.asarray(high, np.float64), 0)
+    zero_dtype = numpy_dtype(form.dtype)
+    if form.symmetric or form.is_float:
+        centre = form.centre
+        scale = _rounded_scale(np.maximum(-low, high) / (qmax - centre), form)
+        zero = np.full(scale.shape, centre, np.int64)
+    else:
+        scale = _rounded_scale((high - low) / (qmax - qmin), form)
+        zero = np.clip(np.rint(qmin - low / scale.astype(np.float64)), qmin, qmax).astype(np.int64)
+    ends = (None, None) if form.range is None else form.limits
+    return QuantParams(np.asarray(scale), np.asarray(zero, zero_dtype), axis, block, *ends)
 
 
 def range_params(low: float, high: float, form: TensorFormat) -> QuantParams:
     """Parameters of one tensor with values in [low, high]; zero is always exactly representable."""
-    qmin, qmax = LIMITS[form.dtype]
-    low, high = min(low, 0.0), max(high, 0.0)
-    if form.symmetric:
-        centre = 0 if qmin < 0 else 128
-        scale = np.float32(max(-low, high) / (qmax - centre))
-        zero = centre
-        scale = scale if scale > 0 else np.float32(1)
-    else:
-        scale = np.float32((high - low) / (qmax - qmin))
-        scale = scale if scale > 0 else np.float32(1)
-        zero = int(np.clip(np.rint(qmin - low / float(scale)), qmin, qmax))
-    return QuantParams(np.array(scale, np.float32), np.array(zero, form.dtype))
+    return grid(np.array(low), np.array(high), form)
 
 
-def weight_params(weight: np.ndarray, axis: int, form: TensorFormat, least: np.ndarray | None = None) -> QuantParams:
-    """Symmetric parameters of a weight, per index of ``axis`` or for the whole tensor.
+def extremes(
+    weight: np.ndarray, form: TensorFormat, out_axis: int, in_axis: int | None = None
+) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Smallest and largest element per scale of a weight's format, and the axis that the scales lie along.
+
+    Args:
+        weight: float array.
+        out_axis, in_axis: its output- and input-channel axes; ``in_axis`` is needed for in_channel and block.
+
+    Raises:
+        ConstraintError: the format needs an input-channel axis and the weight has none.
+    """
+    if form.granularity == "tensor":
+        return weight.min(initial=0), weight.max(initial=0), None
+    if form.granularity in ("in_channel", "block") and in_axis is None:
+        from ...graph.errors import ConstraintError
+
+        raise ConstraintError("this weight has no input-channel axis", expected=form.granularity, found=weight.shape)
+    if form.granularity == "block":
+        assert in_axis is not None
+        starts = np.arange(0, weight.shape[in_axis], form.block)
+        lows, highs = (f.reduceat(weight, starts, axis=in_axis) for f in (np.minimum, np.maximum))
+        return lows, highs, in_axis
+    axis = out_axis if form.granularity == "out_channel" else in_axis
+    assert axis is not None
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    return weight.min(axis=others, initial=0), weight.max(axis=others, initial=0), axis
+
+
+def weight_params(
+    weight: np.ndarray,
+    axis: int,
+    form: TensorFormat,
+    least: np.ndarray | None = None,
+    *,
+    in_axis: int | None = None,
+) -> QuantParams:
+    """Parameters of a weight that cover all of it.
 
     Args:
         weight: float array.
         axis: output-channel axis.
-        form: its format; symmetric, since no integer kernel takes another.
-        least: lower bound on the scale per channel (keeps an int32 bias in range where the weights are tiny).
+        form: its format, of any granularity.
+        least: lower bound on the scale per output channel (keeps an int32 bias in range where the weights are tiny).
+        in_axis: input-channel axis, for the granularities in_channel and block.
     """
-    qmin, qmax = LIMITS[form.dtype]
-    centre = 0 if qmin < 0 else 128
-    if form.per_channel:
-        peak = np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)).max(1)
-    else:
-        peak = np.abs(weight).max()
-    scale = (peak.astype(np.float64) / (qmax - centre)).astype(np.float32)
-    if least is not None:
-        scale = np.maximum(scale, least if form.per_channel else least.max()).astype(np.float32)
-    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
-    return QuantParams(scale, np.full(scale.shape, centre, form.dtype), axis if form.per_channel else None)
+    low, high, along = extremes(weight, form, axis, in_axis)
+    params = grid(low, high, form, along, form.block)
+    if least is None:
+        return params
+    bound = least if along == axis and not form.block else np.max(least)
+    scale = np.maximum(params.scale, np.asarray(bound).astype(params.scale.dtype))
+    return QuantParams(scale, params.zero_point, along, form.block, params.low, params.high, params.rule)
 
 
 def bias_params(x: QuantParams, weight: QuantParams, channels: int) -> QuantParams:

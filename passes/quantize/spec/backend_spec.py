@@ -7,31 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ...graph.errors import ConfigError
-from ...graph.ir import Node
-
-_STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True, config=_STRICT)
-class TensorFormat:
-    """Integer format of a class of tensors.
-
-    Attributes:
-        dtype: stored type.
-        symmetric: zero point 0 (for uint8: 128) and a range of equal size on both sides; else the range seen.
-        per_channel: one scale per index of the output-channel axis (weights only).
-    """
-
-    dtype: Literal["int8", "uint8"]
-    symmetric: bool = False
-    per_channel: bool = False
+from ....graph.errors import ConfigError
+from ....graph.ir import Node
+from .formats import STRICT, TensorFormat
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OpPlacement:
     """How one canonical op takes part.
 
@@ -80,7 +64,7 @@ class OpPlacement:
         return None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class BackendSpec:
     """Where and how one target wants Q/DQ pairs.
 
