@@ -69,13 +69,23 @@ class Runner(ABC):
     def start(self, batches: Iterable[dict[str, Any]]) -> None:
         """Begin with these inputs, {graph input name: array or tensor} per batch."""
         self.at = 0
-        self.envs = []
-        for batch in batches:
-            env: dict[Hashable, Any] = {}
-            for value in self.graph.inputs:
-                if value.name in batch:
-                    env[self.key(value)] = self._input(value, batch[value.name])
-            self.envs.append(env)
+        self.envs = [self.bind(batch) for batch in batches]
+
+    def bind(self, batch: dict[str, Any]) -> dict[Hashable, Any]:
+        """The tensors of one batch before the first call, by native key."""
+        env: dict[Hashable, Any] = {}
+        for value in self.graph.inputs:
+            if value.name in batch:
+                env[self.key(value)] = self._input(value, batch[value.name])
+        return env
+
+    def call(self, position: int, env: dict[Hashable, Any]) -> None:
+        """Make the call at one position of ``order`` on these tensors; what ``env`` holds goes before what is stored."""
+        self._call(self.order[position], env)
+
+    def dead(self, position: int) -> list[Hashable]:
+        """Keys that nothing reads after the call at this position."""
+        return self._dying.get(position, [])
 
     def _input(self, value: Value, given: Any) -> Any:
         from ...graph.fx.tensors import from_numpy
@@ -201,11 +211,11 @@ class ONNXRunner(Runner):
     def key(self, value: Value) -> Hashable:
         return value.native.name if value.native is not None else value.name
 
-    def start(self, batches: Iterable[dict[str, Any]]) -> None:
-        super().start(batches)
-        for env in self.envs:
-            for name, data in self._program.defaults.items():
-                env.setdefault(name, torch.from_numpy(np.array(data)))
+    def bind(self, batch: dict[str, Any]) -> dict[Hashable, Any]:
+        env = super().bind(batch)
+        for name, data in self._program.defaults.items():
+            env.setdefault(name, torch.from_numpy(np.array(data)))
+        return env
 
     def _call(self, i: int, env: dict[Hashable, Any]) -> None:
         from ...graph.onnx.as_torch_run import TORCH_OPS, Call
