@@ -80,7 +80,7 @@ class Runner(ABC):
         return env
 
     def call(self, position: int, env: dict[Hashable, Any]) -> None:
-        """Make the call at one position of ``order`` on these tensors; what ``env`` holds goes before what is stored."""
+        """Make the call at one position of ``order`` on these tensors; ``env`` goes before what is stored."""
         self._call(self.order[position], env)
 
     def dead(self, position: int) -> list[Hashable]:
