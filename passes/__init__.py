@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .prune.schedule import PruneIteratively
     from .prune.select_pass import Select
     from .quantize import Quantize
+    from .quantize.correct.bias import BiasCorrection
+    from .quantize.correct.bn_retune import BnRetune
+    from .quantize.correct.norm_tweak import NormTweak
     from .recover import Recover
     from .registry import get, names
     from .reparam.bind import Bind
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from .report import Report
     from .result import Result
 
+    bias_correction: Callable[..., Result]
+    bn_retune: Callable[..., Result]
     clean: Callable[..., Result]
     bind: Callable[..., Result]
     cut: Callable[..., Result]
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     insert_linear_op: Callable[..., Result]
     lower: Callable[..., Result]
     materialise: Callable[..., Result]
+    norm_tweak: Callable[..., Result]
     prune: Callable[..., Result]
     prune_iteratively: Callable[..., Result]
     quantize: Callable[..., Result]
@@ -65,7 +71,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "BiasCorrection",
     "Bind",
+    "BnRetune",
     "Clean",
     "Context",
     "Contract",
@@ -83,6 +91,7 @@ __all__ = [
     "Materialise",
     "MergeAdapter",
     "Needs",
+    "NormTweak",
     "Outcome",
     "Pass",
     "Pipeline",
@@ -101,7 +110,9 @@ __all__ = [
     "absorb_removed",
     "adapter_of",
     "as_function",
+    "bias_correction",
     "bind",
+    "bn_retune",
     "clean",
     "compare_with_scratch",
     "cut",
@@ -122,6 +133,7 @@ __all__ = [
     "materialise",
     "merge_adapter",
     "names",
+    "norm_tweak",
     "prune",
     "prune_iteratively",
     "quantize",

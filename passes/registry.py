@@ -24,6 +24,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "reinitialize": (".prune.reinitialize", "Reinitialize"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
+    "smooth": (".transform.smooth", "Smooth"),
     "recover": (".recover", "Recover"),
     "finetune": (".finetune", "FineTune"),
     "insert_adapter": (".adapters.insert", "InsertAdapter"),
@@ -32,6 +33,9 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "replace_norm": (".reparam.replace_norm", "ReplaceNorm"),
     "materialise": (".reparam.materialise", "Materialise"),
     "bind": (".reparam.bind", "Bind"),
+    "bias_correction": (".quantize.correct.bias", "BiasCorrection"),
+    "bn_retune": (".quantize.correct.bn_retune", "BnRetune"),
+    "norm_tweak": (".quantize.correct.norm_tweak", "NormTweak"),
     "lower": (".lower", "Lower"),
 }
 """Name -> (module, class). Loaded when first asked for, so that a family costs nothing until it is used."""

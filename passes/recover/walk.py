@@ -289,30 +289,46 @@ class _Walker:
         if factor is None or not own_vector(mean, size) or not own_vector(var, size):
             return self._left(node, "its statistics are not stored vectors of its own")
         assert mean is not None and var is not None and mean.weight is not None
-        xx, xy, yy = (m.reshape(-1) for m in normal.moments(True))
-        growth = (yy / xx.clamp_min(1e-30)).sqrt()
-        growth = torch.where((xx > 1e-12) & (yy > 1e-12), growth, torch.ones((), dtype=growth.dtype)).clamp(0.1, 10)
-        # output = factor * (x - mean) + bias: a factor that grows by growth has a variance smaller by its square.
-        old_mean, old_var = (np.asarray(v.const(), dtype=np.float64) for v in (mean, var))
-        new_var = (old_var + node.attrs["eps"]) / growth.numpy() ** 2 - node.attrs["eps"]
-        new_var = np.maximum(new_var, 1e-12)
-        ratio = np.sqrt((old_var + node.attrs["eps"]) / (new_var + node.attrs["eps"]))
-        n = normal.rows
-        here, there = (normal.x / n).reshape(-1).numpy(), (normal.y / n).reshape(-1).numpy()
-        bias = node.input(2)
-        beta = 0.0 if bias is None else np.asarray(bias.const(), dtype=np.float64)
-        # m = factor (mx - mean) + beta is the mean now; wanted: factor' (mx - mean') + beta = there.
-        safe = np.where(np.abs(factor) > 1e-12, factor, 1.0)
-        mx = (here - beta) / safe + old_mean
-        new_mean = np.where(np.abs(factor) > 1e-12, mx - (there - beta) / (safe * ratio), old_mean)
-        error = _relative(xx, xy, yy, here - there)
-        self.here.set_weight(mean, new_mean.astype(mean.const().dtype))  # type: ignore[union-attr]
-        self.here.set_weight(var, new_var.astype(var.const().dtype))  # type: ignore[union-attr]
-        r = torch.from_numpy(ratio)
-        after = _relative(xx * r**2, xy * r, yy, np.zeros(1))
-        solution = Solution(torch.zeros(0), torch.zeros(0), error, after, 0.0)
-        self._record(mean.weight.name, "running statistics re-estimated", solution, n)
+        new_mean, new_var, solution = fitting_statistics(node, normal, factor)
+        self.here.set_weight(mean, new_mean)
+        self.here.set_weight(var, new_var)
+        self._record(mean.weight.name, "running statistics re-estimated", solution, normal.rows)
         return True
+
+
+def fitting_statistics(node: Node, normal: Normal, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray, Solution]:
+    """Running mean and variance of a batch norm such that its output has the wanted mean and variance.
+
+    Args:
+        normal: sums over (output now, output wanted), [C, rows, 1] each.
+        factor: what the batch norm multiplies each channel by now (:func:`norm_factor`).
+
+    Returns:
+        Mean, variance (dtypes as stored), and the relative errors before and after.
+    """
+    stored_mean, stored_var = (v.const() for v in node.inputs[3:5])  # type: ignore[union-attr]
+    assert stored_mean is not None and stored_var is not None
+    xx, xy, yy = (m.reshape(-1) for m in normal.moments(True))
+    growth = (yy / xx.clamp_min(1e-30)).sqrt()
+    growth = torch.where((xx > 1e-12) & (yy > 1e-12), growth, torch.ones((), dtype=growth.dtype)).clamp(0.1, 10)
+    # output = factor * (x - mean) + bias: a factor that grows by growth has a variance smaller by its square.
+    old_mean, old_var = np.asarray(stored_mean, dtype=np.float64), np.asarray(stored_var, dtype=np.float64)
+    new_var = (old_var + node.attrs["eps"]) / growth.numpy() ** 2 - node.attrs["eps"]
+    new_var = np.maximum(new_var, 1e-12)
+    ratio = np.sqrt((old_var + node.attrs["eps"]) / (new_var + node.attrs["eps"]))
+    n = normal.rows
+    here, there = (normal.x / n).reshape(-1).numpy(), (normal.y / n).reshape(-1).numpy()
+    bias = None if node.input(2) is None else node.input(2).const()  # type: ignore[union-attr]
+    beta = 0.0 if bias is None else np.asarray(bias, dtype=np.float64)
+    # m = factor (mx - mean) + beta is the mean now; wanted: factor' (mx - mean') + beta = there.
+    safe = np.where(np.abs(factor) > 1e-12, factor, 1.0)
+    mx = (here - beta) / safe + old_mean
+    new_mean = np.where(np.abs(factor) > 1e-12, mx - (there - beta) / (safe * ratio), old_mean)
+    before = _relative(xx, xy, yy, here - there)
+    r = torch.from_numpy(ratio)
+    after = _relative(xx * r**2, xy * r, yy, np.zeros(1))
+    solution = Solution(torch.zeros(0), torch.zeros(0), before, after, 0.0)
+    return new_mean.astype(stored_mean.dtype), new_var.astype(stored_var.dtype), solution
 
 
 def _relative(xx: Tensor, xy: Tensor, yy: Tensor, drift: np.ndarray) -> float:

@@ -1,0 +1,170 @@
+"""Norm tweaking: after quantization only the gains and biases of norms move, until channels look as in the float."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ....graph.ir import Graph, Node, Value
+from ...base import Context, Contract, Decision, Needs, Outcome, Pass
+from .sites import float_reference
+
+if TYPE_CHECKING:
+    from .walk import PairWalk
+
+NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
+MOST = 2.0
+"""Largest factor by which a gain moves, either way."""
+SAME = 1e-6
+"""Norms whose output differs by less (relative to its largest element) are left as they are."""
+
+
+class NormTweak(Pass):
+    """Update only norm gains and biases, layer by layer, to match the float model's channel statistics.
+
+    In one walk through both models, in order of execution, the loss of each norm's output is the sum over channels of
+    |mean_q - mean_float| + |var_q - var_float|, taken over all tokens or positions. Its minimum is known: with
+    s = sd_float / sd_q and t = mean_float - s mean_q the tweaked norm gives s y + t, so gain *= s and
+    bias = s bias + t, and the loss is zero. Without a bias (RMSNorm) only s is free: the least of the loss over
+    {1, mean_float / mean_q, sd ratio, |mean_q| / (2 var_q)}, which contain it. Every other tensor keeps its bytes, no
+    operator is added. Where everything is 16 bit or finer nothing moves by more than rounding. Source: "Norm
+    Tweaking: High-performance Low-bit Quantization of Large Language Models" (its gradient steps replaced by the
+    closed form).
+
+    ``data="generated"``: calibration text that the float model writes itself (a causal language model: token ids in,
+    logits [N, T, V] out), from a first token drawn over the vocabulary, the next ones by the model's own
+    distribution.
+
+    Raises:
+        ConfigError: no float model is known, or there is no data.
+        ConstraintError: there is no norm of the same name in both, or the model writes no text.
+        UnsupportedOp: an ONNX operator has no torch implementation.
+    """
+
+    name: ClassVar[str] = "norm_tweak"
+    contract: ClassVar[Contract] = Contract.APPROXIMATE
+    needs: ClassVar[Needs] = Needs.CALIBRATION
+    requires: ClassVar[frozenset[str]] = frozenset({"quantized"})
+
+    data: Literal["calibration", "generated"] = "calibration"
+    """Where the statistics come from: calibration batches, or text that the float model writes itself."""
+    calibration: Any = Field(default=None, exclude=True, repr=False)
+    """Batches of typical inputs; the run's own when absent."""
+    samples: int = Field(default=16, ge=1)
+    """Sequences written for data="generated"."""
+    length: int | None = Field(default=None, ge=2)
+    """Their length in tokens; that of the example inputs when absent."""
+    strength: float = Field(default=1.0, gt=0, le=1)
+    """Share of the way towards the closed form that each norm goes."""
+    reference: Any = Field(default=None, exclude=True, repr=False)
+    """The float model (anything fl.load takes, or a graph), where P.Quantize ran elsewhere."""
+
+    def requirement(self) -> Needs:
+        return Needs.CALIBRATION if self.data == "calibration" else Needs.NOTHING
+
+    def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        from .walk import PairWalk
+
+        reference = float_reference(ctx, self.reference, self.name)
+        twins = {n.name: n for n in reference.nodes if n.op in NORMS}
+        pairs = [(n, twins[n.name]) for n in graph.nodes if n.op in NORMS and n.name in twins]
+        if not pairs:
+            from ....graph.errors import ConstraintError
+
+            raise ConstraintError(
+                "there is no norm to tweak",
+                node=self.name,
+                expected=", ".join(NORMS) + " with a gain of its own",
+                found=", ".join(sorted({n.op for n in graph.nodes if "norm" in n.op})) or "none",
+                hint="batch norms are P.BnRetune's",
+            )
+        if self.data == "generated":
+            from .generate import generated_text
+
+            batches: Any = generated_text(reference, self.samples, self.length, ctx.example_inputs, ctx.seed)
+        else:
+            batches = self.batches(ctx)
+        walk = PairWalk(graph, reference, batches)
+        decisions = [_tweak(walk, node, twin, self.strength) for node, twin in walk.visit(pairs, ctx.progress)]
+        moved = [d for d in decisions if d.action == "tweaked"]
+        return Outcome(decisions=decisions, details={"tweaked": len(moved), "left": len(decisions) - len(moved)})
+
+
+def channel_loss(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.ndarray) -> np.ndarray:
+    """|mean_q - mean_float| + |var_q - var_float| per channel."""
+    return np.asarray(np.abs(mu_q - mu_f) + np.abs(var_q - var_f))
+
+
+def affine(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(s, t) per channel such that s y + t has the float mean and variance; s = 1 where a channel is constant."""
+    alive = (var_q > 1e-20) & (var_f > 1e-20)
+    s = np.where(alive, np.sqrt(var_f / np.where(alive, var_q, 1.0)), 1.0)
+    s = np.clip(s, 1 / MOST, MOST)
+    return s, mu_f - s * mu_q
+
+
+def gain_only(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.ndarray) -> np.ndarray:
+    """The s > 0 per channel with the least |s mean_q - mean_float| + |s^2 var_q - var_float|.
+
+    The loss is piecewise quadratic in s: its least value lies at a kink or where the derivative of a piece vanishes.
+    """
+    one = np.ones_like(mu_f)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        candidates = np.stack([one, mu_f / mu_q, np.sqrt(var_f / var_q), np.abs(mu_q) / (2 * var_q)])
+    candidates = np.clip(np.where(np.isfinite(candidates) & (candidates > 0), candidates, 1.0), 1 / MOST, MOST)
+    losses = np.abs(candidates * mu_q - mu_f) + np.abs(candidates**2 * var_q - var_f)
+    return np.asarray(np.take_along_axis(candidates, losses.argmin(0)[None], 0)[0])
+
+
+def _tweak(walk: PairWalk, node: Node, twin: Node, strength: float) -> Decision:
+    from .walk import channel_moments
+
+    both = walk.outputs(node, twin)
+    rank = node.output.rank or 0
+    axis = 1 if node.op in ("group_norm", "instance_norm") else rank - 1
+    if both is None or not rank:
+        return Decision(node.name, "left", "its output is not computed by itself")
+    size = both[0][0].shape[axis]
+    gain, bias = node.input(1), node.input(2)
+    if not own(gain, size):
+        return Decision(node.name, "left", "its gain is not a vector of its own (absent, shared or over several axes)")
+    top = max(float(y.abs().max()) for y in both[0])
+    if max(float((y - z).abs().max()) for y, z in zip(*both, strict=True)) <= SAME * top:
+        return Decision(node.name, "left", "its output is the float model's")
+    (mu_f, var_f), (mu_q, var_q) = (channel_moments(side, axis) for side in both)
+    before = float(channel_loss(mu_f, var_f, mu_q, var_q).sum())
+    shifts = own(bias, size)
+    if shifts:
+        s, t = affine(mu_f, var_f, mu_q, var_q)
+    else:
+        s, t = gain_only(mu_f, var_f, mu_q, var_q), np.zeros(size)
+    s, t = 1 + strength * (s - 1), strength * t
+    after = float(channel_loss(mu_f, var_f, s * mu_q + t, s**2 * var_q).sum())
+    if not after < before:
+        return Decision(node.name, "left", "its channels already have the float model's statistics")
+    _write(walk, gain, lambda old: old * s.reshape(old.shape))
+    if shifts:
+        _write(walk, bias, lambda old: old * s.reshape(old.shape) + t.reshape(old.shape))
+    walk.repeat()
+    what = "gain and bias" if shifts else "gain (it has no bias)"
+    return Decision(
+        node.name,
+        "tweaked",
+        f"{what}: |dmean| + |dvar| {before:.3g} -> {after:.3g}",
+        {"before": before, "after": after},
+    )
+
+
+def _write(walk: PairWalk, value: Value | None, change: Any) -> None:
+    data = None if value is None else value.const()
+    assert value is not None and data is not None
+    walk.change(value, change(data.astype(np.float64)).astype(data.dtype))
+
+
+def own(value: Value | None, size: int) -> bool:
+    """Whether a stored float vector of this length belongs to one operator alone."""
+    if value is None or value.weight is None or value.weight.size != size:
+        return False
+    return value.weight.dtype.startswith(("float", "bfloat")) and len(value.uses) == 1
