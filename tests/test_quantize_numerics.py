@@ -98,7 +98,7 @@ def test_bit_for_bit_as_onnx_defines_it(dtype: str, kind: str, symmetric: bool) 
 def test_bit_for_bit_as_onnxruntime_computes_it(dtype: str, kind: str) -> None:
     p = params(dtype, kind, symmetric=False)
     session = ort.InferenceSession(model(p).SerializeToString(), providers=["CPUExecutionProvider"])
-    x = samples(p, 1)
+    x = np.clip(samples(p, 1), -1e4, 1e4)  # beyond int32 some of its kernels wrap where QuantParams saturates
     d, *_ = session.run(["d"], {"x": x})
     np.testing.assert_array_equal(p.dequantize(p.quantize(x)), d)
 
@@ -130,8 +130,9 @@ def test_int32_saturates_at_the_ends_of_its_range() -> None:
     ],
 )
 def test_a_narrower_range_is_filled_and_kept(form: TensorFormat, ends: tuple[float, float]) -> None:
-    p = range_params(-2.0, 2.0, form)
-    q = p.quantize(np.linspace(-2, 2, 4001, dtype=np.float32)).astype(np.float32)
+    low = -2.0 if form.symmetric or form.is_float else -0.5
+    p = range_params(low, 2.0, form)
+    q = p.quantize(np.linspace(low, 2, 4001, dtype=np.float32)).astype(np.float32)
     assert (q.min(), q.max()) == ends
     beyond = p.quantize(np.array([-9, 9], np.float32)).astype(np.float32)
     low, high = form.limits
@@ -171,7 +172,7 @@ def test_scales_are_rounded_to_their_type_first(name: str) -> None:
 
 
 def test_reciprocal_rounding_differs_on_ties_only() -> None:
-    scale = np.float32(0.1)
+    scale = np.float32(0.0374)
     x = (np.arange(-100, 100) + 0.5).astype(np.float32) * scale
     divide = QuantParams(np.array(scale), np.array(0, np.int8))
     reciprocal = QuantParams(np.array(scale), np.array(0, np.int8), rule="reciprocal")
