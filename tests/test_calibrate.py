@@ -42,7 +42,9 @@ def test_mean_of_extremes_has_the_same_bits_in_every_order() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.integers(0, 40))
+@given(
+    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.integers(0, 40)
+)
 def test_mean_of_extremes_does_not_depend_on_how_samples_are_batched(values, cut) -> None:
     whole = np.array(values, np.float32).reshape(-1, 1)
     one, two, three = MeanMinMax(), MeanMinMax(), MeanMinMax()

@@ -242,7 +242,7 @@ def test_the_quantized_graph_is_close_and_its_facts_are_true(front: str, ranges:
     outcome = quantized(graph, batches, ranges=ranges)
     inputs = [before.bind(b) for b in batches]
     out = next(iter(compare(before, graph, inputs).outputs.values()))
-    assert 25 < out.sqnr_db < 60
+    assert (20 if ranges == "mean" else 25) < out.sqnr_db < 60  # the mean over samples clips more
     ops = [n.op for n in graph.nodes]
     assert ops.count("quantize") == outcome.details["points"] == 8
     # One per pair, one per weight and one per bias.

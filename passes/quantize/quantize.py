@@ -11,11 +11,10 @@ from pydantic import Field
 from ...graph.errors import ConfigError, ConstraintError
 from ...graph.ir import Graph, Node
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
-from ..calibrate import Statistic, collect
 from .insert import Inserter
 from .numerics import QuantParams, range_params
 from .placement import Placement, place
-from .ranges import RangeEstimator, estimator
+from .ranges import RangeEstimator, collect_ranges, estimator
 from .rounding import rounding
 from .spec import BackendSpec
 
@@ -40,7 +39,7 @@ class Quantize(Pass):
     """Backend that will run the model: its spec says where Q/DQ go."""
     calibration: Any = Field(default=None, exclude=True, repr=False)
     """Batches of typical inputs; the run's own when absent. A few hundred samples do."""
-    ranges: Literal["minmax", "mean", "percentile"] = "minmax"
+    ranges: Literal["minmax", "mean", "percentile", "mse", "entropy", "l2", "sparse"] = "minmax"
     """How activation ranges are chosen: all that was seen, the mean of the batches' extremes, or a percentile."""
     percentile: float = Field(default=99.99, gt=50, le=100)
     """Share of elements inside the range, in percent, for ranges=percentile."""
@@ -104,16 +103,11 @@ class Quantize(Pass):
     def _calibrate(
         self, graph: Graph, ctx: Context, placement: Placement, ranges: RangeEstimator, spec: BackendSpec
     ) -> tuple[dict[str, QuantParams], int]:
-        wanted: dict[str, Statistic] = {
-            name: ranges.statistic() for names in placement.sources.values() for name in names
+        statistics, seen = collect_ranges(graph, self.batches(ctx), placement.sources, ranges, progress=ctx.progress)
+        params = {
+            root: range_params(*ranges.bounds(statistic, spec.activations), spec.activations)
+            for root, statistic in statistics.items()
         }
-        seen = collect(graph, self.batches(ctx), wanted, progress=ctx.progress)
-        params = {}
-        for root, names in placement.sources.items():
-            total = wanted[names[0]]
-            for name in names[1:]:
-                total.merge(wanted[name])
-            params[root] = range_params(*ranges.bounds(total), spec.activations)
         return params, seen
 
     def _decisions(self, placement: Placement, facts: dict[str, dict[str, Any]]) -> list[Decision]:
