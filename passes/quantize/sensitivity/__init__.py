@@ -1,0 +1,1 @@
+"""Which layer suffers from which width: measured layer by layer, or integrated along the way to the integers."""
