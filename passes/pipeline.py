@@ -154,8 +154,10 @@ class Pipeline:
         brief = calibration is None and all(step.selects_only() for step in self.passes)
         with undisturbed() if brief else nullcontext():
             graph = load(model, example_inputs, static=brief)
-            # one pass that selects, and nothing to compare with: it may edit what was loaded for it alone
-            ctx.spare = brief and not verify and len(self.passes) == 1 and graph.kind == "fx" and graph is not model
+            # one pass, and nothing to compare with: it may edit what was loaded for it alone (a module's captured
+            # program shares more with the module than a recorded call does)
+            alone = isinstance(model, (str, Path)) if graph.kind == "onnx" else brief and graph is not model
+            ctx.spare = alone and not verify and len(self.passes) == 1
             return self._run(graph, model, ctx, inplace, rtol)
 
     def _run(self, graph: Graph, model: Any, ctx: Context, inplace: bool, rtol: float | None) -> Result:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from foldline.graph.errors import ConstraintError, ModelFileError
-from foldline.graph.onnx import load_onnx
+from foldline.graph.onnx import load_onnx, stream
 from foldline.graph.onnx.save import save_onnx
 from onnx import TensorProto, helper, numpy_helper
 from support.onnx_models import attention, node, parsed, plain, rand, run
@@ -327,11 +327,11 @@ class TestFiles:
         path = save_onnx(attention(), tmp_path / "m.onnx")
         before = path.read_bytes()
 
-        def broken(proto: onnx.ModelProto, target: Path) -> None:
+        def broken(model: ir.Model, target: Path) -> None:
             target.write_bytes(b"half")
             raise OSError("disk full")
 
-        monkeypatch.setattr(onnx, "save", broken)
+        monkeypatch.setattr(stream, "write", broken)
         with pytest.raises(ModelFileError, match="disk full"):
             save_onnx(attention(), path)
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...graph.errors import BackendError
+from ...graph.onnx import native, stream
 
 PREFERENCE = {
     "cpu": ("CPUExecutionProvider",),
@@ -115,7 +116,7 @@ def refused(exc: Exception) -> BackendError:
 
 def serialized(model: ir.Model) -> bytes:
     """The model as bytes, weights inside."""
-    return bytes(ir.serde.serialize_model(ir.external_data.load_to_model(model.clone())).SerializeToString())
+    return stream.serialized(native.inline(model.clone()))
 
 
 def weight_bytes(model: ir.Model) -> int:

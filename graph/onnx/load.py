@@ -13,7 +13,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from ..errors import ConstraintError, ModelFileError
-from . import native
+from . import native, stream
 
 KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
@@ -34,13 +34,15 @@ def read(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, str,
     if path.stat().st_size == 0:
         raise ModelFileError("the model file is empty", value=str(path))
     try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, ValueError, UnicodeDecodeError) as error:
+        proto, large = stream.parse(path)
+    except (DecodeError, ValueError, UnicodeDecodeError, ModelFileError) as error:
         raise ModelFileError(
             "not an ONNX file, or a truncated one", value=str(path), found=str(error).strip()[:200],
             hint="export or download it again",
         ) from error  # fmt: skip
-    return _deserialize(proto, path), "ir", path
+    model = _deserialize(proto, path)
+    stream.attach(model, proto, large)
+    return model, "ir", path
 
 
 def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:

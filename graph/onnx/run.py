@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import BackendError, ConstraintError
-from . import native
+from . import native, stream
 
 if TYPE_CHECKING:
     from .shapes import ShapeTable
@@ -68,7 +68,7 @@ class Session:
         for attempt in (0, 1):
             try:
                 if inline:
-                    source: Any = native.serialize(native.inline(model)).SerializeToString()
+                    source: Any = stream.serialized(native.inline(model))
                 else:
                     self._folder = tempfile.TemporaryDirectory(prefix="foldline-")
                     source = str(Path(self._folder.name) / "model.onnx")

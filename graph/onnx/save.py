@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from ..errors import ModelFileError
 from . import native as onnx_native
+from . import stream
 
 if TYPE_CHECKING:
     from .graph import ONNXGraph
@@ -57,7 +58,7 @@ def save_onnx(model: ONNXGraph | ir.Model | onnx.ModelProto, path: str | Path, *
         copy = onnx_native.inline(native.clone(), SMALL if external else None)
         if external:
             ir.external_data.unload_from_model(copy, folder, data_name, size_threshold_bytes=SMALL)
-        onnx.save(onnx_native.serialize(copy), target)
+        stream.write(copy, target)
         if external and (folder / data_name).exists():
             os.replace(folder / data_name, path.parent / data_name)
         os.replace(target, path)
