@@ -32,6 +32,7 @@ class LookupEncoded:
         zeros: zero points [rows, blocks], codes of the same width; None: 0.
         block: columns that share a scale; 0: a row.
         shared: name of a table that is the same for all weights ("": a table of its own).
+        first: smallest code that is used.
     """
 
     layout: Layout
@@ -42,6 +43,7 @@ class LookupEncoded:
     zeros: np.ndarray | None = None
     block: int = 0
     shared: str = ""
+    first: int = 0
 
     @property
     def step(self) -> int:
@@ -84,7 +86,7 @@ class LookupEncoded:
         if self.zeros is not None:
             zero = spread(self.zeros.astype(np.float32), self.block, start, values.shape[1])
             return np.clip(np.rint(scaled) + zero, 0, len(self.table) - 1).astype(np.uint8)
-        return nearest_numbers(scaled, self.table)
+        return nearest_numbers(scaled, self.table, self.first)
 
     def with_codes(self, codes: np.ndarray) -> LookupEncoded:
         return replace(self, codes=codes)
@@ -119,9 +121,13 @@ def join(parts: Sequence[LookupEncoded], layout: Layout, block: int) -> LookupEn
     return replace(first, layout=layout, codes=codes, scales=scales, zeros=zeros, block=block)
 
 
-def nearest_numbers(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Codes of the table's numbers nearest to ``values``; a tie goes to the even code; equal numbers to the first."""
-    numbers, codes = np.unique(table, return_index=True)
+def nearest_numbers(values: np.ndarray, table: np.ndarray, first: int = 0) -> np.ndarray:
+    """Codes (from ``first`` on) of the table's numbers nearest to ``values``.
+
+    A tie goes to the even code; of codes for one number the first is taken.
+    """
+    numbers, codes = np.unique(table[first:], return_index=True)
+    codes = codes + first
     middle = (numbers[1:].astype(np.float64) + numbers[:-1]) / 2
     place = np.searchsorted(middle, values, side="left")
     even = codes % 2 == 0

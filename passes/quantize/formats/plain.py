@@ -40,7 +40,14 @@ class PlainEncoded:
 
     @property
     def nbytes(self) -> int:
-        return self.codes.size * self.codes.dtype.itemsize + self.scales.nbytes
+        return self.padded().nbytes + self.scales.nbytes
+
+    def padded(self) -> np.ndarray:
+        """Codes filled up to whole blocks, as they are stored."""
+        missing = -self.codes.shape[1] % self.block if self.block else 0
+        found = np.zeros((self.codes.shape[0], self.codes.shape[1] + missing), self.codes.dtype)
+        found[:, : self.codes.shape[1]] = self.codes
+        return found
 
     def decode(self) -> np.ndarray:
         return self.layout.tensor(self.values(self.codes, 0))
@@ -59,14 +66,23 @@ class PlainEncoded:
         return replace(self, codes=codes)
 
     def write(self, emitter: Emitter, name: str) -> Value:
-        rows, columns = self.codes.shape
-        width = self.block or columns
-        count = -(-columns // width)
-        codes = np.pad(self.codes.astype(np.float32), ((0, 0), (0, count * width - columns))).astype(self.codes.dtype)
-        stored = emitter.store(f"{name}_codes", codes)
-        numbers = emitter.reshape(emitter.cast(stored, "float32"), (rows, count, width))
+        codes = self.padded()
+        rows, columns = codes.shape
+        count = columns // self.block if self.block else 1
+        if codes.dtype == np.int16:
+            numbers = emitter.cast(emitter.store(f"{name}_codes", codes), "float32")
+        else:  # as bytes: a table gives the same numbers where the runtime or the opset has no float8
+            bytes_ = emitter.cast(emitter.store(f"{name}_codes", codes.view(np.uint8)), "int32")
+            numbers = emitter.take(emitter.table(byte_numbers(codes.dtype.name), codes.dtype.name), bytes_)
         scale = emitter.reshape(emitter.scales(self.scales, f"{name}_scales"), (rows, count, 1))
-        return emitter.finish(emitter.mul(numbers, scale), self.layout, count * width)
+        numbers = emitter.reshape(numbers, (rows, count, columns // count))
+        return emitter.finish(emitter.mul(numbers, scale), self.layout, columns)
+
+
+def byte_numbers(dtype: str) -> np.ndarray:
+    """float32 [256]: what each byte of a float8 type stands for (0 for those that are no finite number)."""
+    found = np.arange(256, dtype=np.uint8).view(getattr(ml_dtypes, dtype)).astype(np.float32)
+    return np.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class PowerExponent:
         peak = np.abs(blocks_of(matrix, self.block)).max(2).astype(np.float64)
         scales = store(peak / float(table[-1]), "float32")
         codes = np.zeros((layout.rows, 0), np.uint8)
-        found = LookupEncoded(layout, codes, self.bits, table, scales, None, self.block)
+        found = LookupEncoded(layout, codes, self.bits, table, scales, None, self.block, first=1)
         return found.with_codes(found.nearest(matrix, 0))
 
     def join(self, parts: Sequence[LookupEncoded], layout: Layout) -> LookupEncoded:
@@ -86,7 +86,7 @@ class PowerExponent:
 
 
 def power_table(bits: int, exponent: float) -> np.ndarray:
-    """float32 [2**bits]: what code k stands for, c = k - 2**(bits-1); k = 0 repeats k = 1, so it is never chosen."""
+    """float32 [2**bits]: what code k stands for, c = k - 2**(bits-1); k = 0 repeats k = 1 and is not used."""
     c = np.arange(2**bits) - 2.0 ** (bits - 1)
     c[0] = c[1]
     return (np.sign(c) * np.abs(c) ** (1 / exponent)).astype(np.float32)
