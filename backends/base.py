@@ -41,6 +41,7 @@ class Diagnostic:
         node: name of the node concerned, or "" for the whole model.
         message: what is wrong.
         fix: what to do about it.
+        consequence: ``error`` (refused), ``silently wrong``, ``inaccurate`` or ``slow``; "" where none is known.
     """
 
     rule: str
@@ -48,6 +49,7 @@ class Diagnostic:
     node: str
     message: str
     fix: str = ""
+    consequence: str = ""
 
     def to_dict(self) -> dict[str, str]:
         """Plain data for JSON."""
