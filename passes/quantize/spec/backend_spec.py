@@ -1,67 +1,46 @@
-"""What a backend wants quantized, and how: the declarative spec that passes read, with its YAML form."""
+"""BackendSpec: where and how one target wants Q/DQ, a versioned and validated document without code."""
 
 from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ....graph.errors import ConfigError
 from ....graph.ir import Node
-from .formats import STRICT, TensorFormat
+from .formats import STRICT, FloatName, IntegerName, TensorFormat
+from .op_rules import OpPlacement
+
+SCHEMA = 1
+"""Version of the document's form."""
+
+Region: TypeAlias = Literal["attention", "mask", "shape"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class OpPlacement:
-    """How one canonical op takes part.
+class RoundingArithmetic:
+    """How the target rounds: x divided by the scale or times its reciprocal; a tie to even or away from zero."""
+
+    scale: Literal["divide", "reciprocal"] = "divide"
+    ties: Literal["even", "away"] = "even"
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExportRules:
+    """What the written file must look like.
 
     Attributes:
-        role: ``anchor`` computes in integers and asks for quantized operands; ``join`` follows when all its operands
-            are quantized anyway and its result is wanted quantized (add, concat, ...); ``carry`` moves elements without
-            changing them, so the result takes the operand's scale (max pool, reshape, ...); ``float`` stays as it is.
-        data: operand positions that are activations; None means all operands.
-        weight: operand position of the stored weight (anchors).
-        bias: operand position of the bias, if it has one.
-        bias_dtype: ``int32`` (scale = scale of x times scale of the weight) or ``float32`` (left alone).
-        bias_add: an addition of one constant per output channel right behind the op counts as its bias.
-        output: whether the result must carry a Q: ``required`` (then everybody reads the quantized result) or
-            ``optional`` (only where a consumer asks for it).
-        activations: ops that may stand between the op and the Q on its result, fused by the backend.
-        same_scale: operands and result of a join share one scale.
-        when: conditions on the node, all of which must hold: an attribute name with its value, or ``rank`` with the
-            rank of operand 0, or ``float_operands: N`` for exactly N activations (others constant).
-        reason: why, where it is worth telling the user (``float``).
+        zero_points: ``always`` writes zero points even where they are 0; ``nonzero`` leaves those out.
+        opset: least ONNX opset of the file; None: what the model has, raised where a type needs it.
+        contrib_domain: domain for operators that ONNX has not (``"com.microsoft"``); None: none may be written.
     """
 
-    role: Literal["anchor", "join", "carry", "float"]
-    data: tuple[int, ...] | None = (0,)
-    weight: int | None = None
-    bias: int | None = None
-    bias_dtype: Literal["int32", "float32"] = "float32"
-    bias_add: bool = False
-    output: Literal["required", "optional"] = "optional"
-    activations: tuple[str, ...] = ()
-    same_scale: bool = False
-    when: dict[str, Any] = field(default_factory=dict)
-    reason: str = ""
-
-    def unmet(self, node: Node) -> str | None:
-        """The first condition of ``when`` that the node does not meet, in words; None if it meets all."""
-        for key, wanted in self.when.items():
-            if key == "rank":
-                x = node.input(0)
-                found: Any = None if x is None else x.rank
-            elif key == "float_operands":
-                found = sum(v is not None and not v.is_const for v in node.inputs)
-            else:
-                found = node.attrs.get(key)
-            if found != wanted:
-                return f"{key} is {found}, the target wants {wanted}"
-        return None
+    zero_points: Literal["always", "nonzero"] = "always"
+    opset: int | None = None
+    contrib_domain: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,25 +48,65 @@ class BackendSpec:
     """Where and how one target wants Q/DQ pairs.
 
     Attributes:
-        name: target name, e.g. ``"onnxruntime-cpu"``.
-        activations, weights: formats.
-        zero_points: ``always`` writes zero points even where they are 0; ``nonzero`` leaves those out.
+        target: name of the target, e.g. ``"onnxruntime-cpu"``.
+        activations, weights: formats of the two roles.
         ops: canonical op -> alternatives, of which the first whose ``when`` holds applies. Absent ops stay float.
+        schema: version of the document's form.
+        release: release of the target that this was measured with.
+        description: one sentence.
+        extends: the spec this one was written on top of, as its file named it.
+        inputs, outputs: formats of points at the graph's inputs and outputs, where they differ from ``activations``.
+        activation_dtypes, weight_dtypes: further stored types that the target takes; fewer bits than these offer are
+            kept in the smallest type that holds them, with a narrower range.
+        rounding: how the target rounds.
+        commutes: ops that Q/DQ commute with, short for a rule of role ``carry``. Padding only with zeros.
+        hoist: move a Q up across commuting ops that only rearrange, as far as nobody reads the values in float.
+        forbidden: parts of the graph that stay in float, found by structure: ``attention`` (from the product of
+            queries and keys to the product with the values, softmax between), ``mask`` (what is added to its scores),
+            ``shape`` (arithmetic on sizes).
+        export: rules of the written file.
+        channel_multiple: widths that the target computes well; what `P.Prune(round_to=TARGET)` rounds to.
         notes: facts about the target worth keeping beside the rules.
     """
 
-    name: str
+    target: str
     activations: TensorFormat
     weights: TensorFormat
     ops: dict[str, tuple[OpPlacement, ...]]
-    zero_points: Literal["always", "nonzero"] = "always"
+    schema: Literal[1] = SCHEMA  # type: ignore[assignment]
+    release: str = ""
+    description: str = ""
+    extends: str = ""
+    inputs: TensorFormat | None = None
+    outputs: TensorFormat | None = None
+    activation_dtypes: tuple[IntegerName | FloatName, ...] = ()
+    weight_dtypes: tuple[IntegerName | FloatName, ...] = ()
+    rounding: RoundingArithmetic = field(default_factory=RoundingArithmetic)
+    commutes: tuple[str, ...] = ()
+    hoist: bool = False
+    forbidden: tuple[Region, ...] = ()
+    export: ExportRules = field(default_factory=ExportRules)
+    channel_multiple: int = 1
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.target
+
+    @property
+    def zero_points(self) -> str:
+        return self.export.zero_points
+
+    def alternatives(self, op: str) -> tuple[OpPlacement, ...]:
+        """The rules of an op, in the order in which they are tried."""
+        own = self.ops.get(op, ())
+        return (*own, CARRY) if op in self.commutes else own
 
     def placement(self, node: Node) -> tuple[OpPlacement | None, str]:
         """The rule for a node, or None and the reason."""
-        alternatives = self.ops.get(node.op, ())
+        alternatives = self.alternatives(node.op)
         if not alternatives:
-            return None, f"{self.name} computes {node.op} in float"
+            return None, f"{self.target} computes {node.op} in float"
         unmet = ""
         for rule in alternatives:
             problem = rule.unmet(node)
@@ -106,32 +125,45 @@ class BackendSpec:
         plain = dict(data)
         if isinstance(plain.get("ops"), dict):
             plain["ops"] = {op: [_rule(r) for r in _many(rules)] for op, rules in plain["ops"].items()}
-        try:
-            return TypeAdapter(cls).validate_python(plain)
-        except ValidationError as exc:
-            problem = exc.errors(include_url=False)[0]
+        if plain.get("schema", SCHEMA) != SCHEMA:
             raise ConfigError(
-                f"invalid backend spec: {problem['msg']}",
+                "this spec is written for another version of the form",
                 node=origin,
-                value=".".join(str(part) for part in problem["loc"]),
-                found=repr(problem.get("input"))[:120],
-            ) from exc
+                value="schema",
+                expected=SCHEMA,
+                found=plain["schema"],
+            )
+        try:
+            return _ADAPTER.validate_python(plain)
+        except ValidationError as exc:
+            raise _error(exc, origin) from exc
+        except ConfigError as exc:
+            raise ConfigError(exc.message, node=origin, value=exc.node, expected=exc.expected, found=exc.found) from exc
 
     @classmethod
-    def from_yaml(cls, path: Path) -> BackendSpec:
-        """Read and validate a spec file. Raises ConfigError if it is not valid."""
-        try:
-            data = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as exc:
-            raise ConfigError(f"the backend spec cannot be read: {exc}", node=path.name) from exc
-        if not isinstance(data, dict):
-            raise ConfigError("a backend spec is a mapping", node=path.name, found=type(data).__name__)
-        return cls.from_dict(data, path.name)
+    def from_yaml(cls, path: str | Path) -> BackendSpec:
+        """Read and validate a spec file; see :func:`..files.read_spec` for ``extends``.
+
+        Raises:
+            ConfigError: the file cannot be read or is not valid; names the key.
+        """
+        from .files import read_spec
+
+        return cls.from_dict(read_spec(Path(path)), Path(path).name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`from_dict` takes."""
-        found: dict[str, Any] = TypeAdapter(BackendSpec).dump_python(self, mode="json")
+        found: dict[str, Any] = _ADAPTER.dump_python(self, mode="json")
         return found
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """JSON schema of the document, for editors and for checks before loading."""
+        return _ADAPTER.json_schema()
+
+
+CARRY = OpPlacement("carry")
+_ADAPTER: TypeAdapter[BackendSpec] = TypeAdapter(BackendSpec)
 
 
 def _many(rules: Any) -> list[Any]:
@@ -140,3 +172,22 @@ def _many(rules: Any) -> list[Any]:
 
 def _rule(rule: Any) -> Any:
     return {**rule, "data": None} if isinstance(rule, dict) and rule.get("data") == "all" else rule
+
+
+def _error(exc: ValidationError, origin: str) -> ConfigError:
+    import difflib
+
+    problem = exc.errors(include_url=False)[0]
+    key = str(problem["loc"][-1]) if problem["loc"] else ""
+    hint = None
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f for c in (BackendSpec, OpPlacement, TensorFormat, ExportRules) for f in c.__dataclass_fields__]
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else None
+    return ConfigError(
+        f"invalid backend spec: {problem['msg']}",
+        node=origin,
+        value=".".join(str(part) for part in problem["loc"]),
+        found=repr(problem.get("input"))[:120],
+        hint=hint,
+    )
