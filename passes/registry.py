@@ -25,6 +25,8 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
     "smooth": (".transform.smooth", "Smooth"),
+    "equalize": (".transform.equalize", "Equalize"),
+    "awq_scale": (".transform.awq", "AwqScale"),
     "recover": (".recover", "Recover"),
     "finetune": (".finetune", "FineTune"),
     "insert_adapter": (".adapters.insert", "InsertAdapter"),

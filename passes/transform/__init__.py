@@ -1,3 +1,3 @@
-"""Equivalent transforms before quantization: scales, rotations and affine maps folded into the weights around a value."""
+"""Equivalent transforms before quantization: scales, rotations and affine maps folded into the weights."""
 
 from __future__ import annotations

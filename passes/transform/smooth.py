@@ -55,7 +55,7 @@ class Smooth(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"float"})
 
     target: str | None = None
-    """Backend whose formats the error is measured under; 8-bit asymmetric activations and per-channel weights if None."""
+    """Backend whose formats the error is measured under; None: asymmetric activations, per-channel weights, 8 bits."""
     weight_bits: int | None = Field(None, ge=2, le=8)
     """Width of the weights, instead of the target's."""
     activation_bits: int | None = Field(None, ge=2, le=16)
