@@ -211,6 +211,23 @@ def _qdq(name: str) -> Builder:
 _BUILDERS["quantize"], _BUILDERS["dequantize"] = _qdq("quantize_linear"), _qdq("dequantize_linear")
 
 
+@builds("fake_quantize")
+def _fake_quantize(x: list[Any], a: dict[str, Any]) -> Built:
+    from .fake_quantize import fake_quantize
+
+    zero_point = x[2] if len(x) > 2 else None
+    limits = int(a["quant_min"]), int(a["quant_max"])
+    return fake_quantize, (x[0], x[1], zero_point, a.get("axis"), *limits, a.get("learn", "")), {}
+
+
+@builds("matmul_nbits")
+def _matmul_nbits(x: list[Any], a: dict[str, Any]) -> Built:
+    from .custom_nbits import matmul_nbits
+
+    operands = [*x, None, None][:5]
+    return matmul_nbits, (*operands, *(int(a[key]) for key in ("k", "n", "bits", "block"))), {}
+
+
 @builds("cast")
 def _cast(x: list[Any], a: dict[str, Any]) -> Built:
     return aten.to.dtype, (x[0], TORCH_DTYPES[a["dtype"]]), {}

@@ -231,3 +231,15 @@ def _quantize(c: Call) -> Spec | None:
 def _fake_quantize(c: Call) -> Spec | None:
     attrs = {"axis": c.get("axis", None), "quant_min": c.get("quant_min"), "quant_max": c.get("quant_max")}
     return Spec("fake_quantize", slots("self", "scale", "zero_point"), attrs)
+
+
+@reads("foldline.matmul_nbits")
+def _matmul_nbits(c: Call) -> Spec | None:
+    attrs = {key: int(c.get(key)) for key in ("k", "n", "bits", "block")}
+    return Spec("matmul_nbits", slots("x", "packed", "scales", "zero_points", "bias"), attrs)
+
+
+@reads("foldline.fake_quantize")
+def _trained_quantize(c: Call) -> Spec | None:
+    attrs = {"axis": c.get("axis"), "quant_min": c.get("low"), "quant_max": c.get("high"), "learn": c.get("learn")}
+    return Spec("fake_quantize", slots("x", "scale", "zero_point"), attrs, write={"axis": lambda v: c.put("axis", v)})

@@ -1,0 +1,1 @@
+"""Quantization-aware training: fake quantization inserted, trained in plain PyTorch, frozen into Q/DQ."""
