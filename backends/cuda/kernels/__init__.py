@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers. A module here imports triton, so the operators import it when they launch."""
