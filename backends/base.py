@@ -25,6 +25,9 @@ GROUP = "foldline.backends"
 BUILTIN: dict[str, tuple[str, str]] = {
     "onnxruntime": (".onnxruntime", "OnnxRuntimeCpu"),
     "onnxruntime-cpu": (".onnxruntime", "OnnxRuntimeCpu"),
+    "onnxruntime-cpu-avx2": (".onnxruntime", "OnnxRuntimeCpuAvx2"),
+    "onnxruntime-arm": (".onnxruntime", "OnnxRuntimeArm"),
+    "onnxruntime-cpu-host": (".onnxruntime", "OnnxRuntimeHost"),
     "onnxruntime-cuda": (".onnxruntime", "OnnxRuntimeCuda"),
     "onnxruntime-tensorrt": (".onnxruntime", "OnnxRuntimeTensorrt"),
 }

@@ -17,6 +17,7 @@ from ...graph.save import save
 from ...passes.quantize.spec import BackendSpec
 from ..base import Artifact, Backend, Diagnostic
 from .artifact import OnnxRuntimeArtifact
+from .host import cpu_target
 from .node_times import node_times
 from .rules import check_graph
 from .session import INLINE_LIMIT, open_session, providers, readable, weight_bytes
@@ -124,11 +125,37 @@ class OnnxRuntimeCpu(_OnnxRuntime):
         return _spec(self.name)
 
 
+class OnnxRuntimeCpuAvx2(OnnxRuntimeCpu):
+    """ONNX Runtime on x86 CPUs without VNNI: weights of 7 bits, for the products there saturate."""
+
+    name: ClassVar[str] = "onnxruntime-cpu-avx2"
+
+
+class OnnxRuntimeArm(OnnxRuntimeCpu):
+    """ONNX Runtime on ARM64 CPUs: int8 activations and weights."""
+
+    name: ClassVar[str] = "onnxruntime-arm"
+
+
+class OnnxRuntimeHost(OnnxRuntimeCpu):
+    """ONNX Runtime on this machine's CPU: the spec of the three above that fits its instruction set."""
+
+    name: ClassVar[str] = "onnxruntime-cpu-host"
+
+    @property
+    def spec(self) -> BackendSpec:
+        return _spec(cpu_target())
+
+
 class OnnxRuntimeCuda(_OnnxRuntime):
-    """ONNX Runtime's CUDA provider; it has no int8 convolutions, hence no quantization spec."""
+    """ONNX Runtime's CUDA provider; it has no int8 convolutions: its spec quantizes weights alone, in blocks."""
 
     name: ClassVar[str] = "onnxruntime-cuda"
     kind: ClassVar[str] = "cuda"
+
+    @property
+    def spec(self) -> BackendSpec:
+        return _spec(self.name)
 
 
 class OnnxRuntimeTensorrt(_OnnxRuntime):
