@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .quantize.correct.bias import BiasCorrection
     from .quantize.correct.bn_retune import BnRetune
     from .quantize.correct.norm_tweak import NormTweak
+    from .quantize.weight_only import WeightOnly
     from .recover import Recover
     from .registry import get, names
     from .reparam.bind import Bind
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     replace_norm: Callable[..., Result]
     select: Callable[..., Result]
     shared_mask: Callable[..., Result]
+    weight_only: Callable[..., Result]
 
 __all__ = [
     "Adapter",
@@ -107,6 +109,7 @@ __all__ = [
     "Select",
     "SharedMask",
     "TopKFrequency",
+    "WeightOnly",
     "absorb_removed",
     "adapter_of",
     "as_function",
@@ -146,6 +149,7 @@ __all__ = [
     "select",
     "shared_mask",
     "unmerge_adapter",
+    "weight_only",
 ]
 
 _HOME = {

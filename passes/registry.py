@@ -24,6 +24,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "reinitialize": (".prune.reinitialize", "Reinitialize"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
+    "weight_only": (".quantize.weight_only", "WeightOnly"),
     "smooth": (".transform.smooth", "Smooth"),
     "equalize": (".transform.equalize", "Equalize"),
     "awq_scale": (".transform.awq", "AwqScale"),

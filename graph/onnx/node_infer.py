@@ -82,7 +82,9 @@ def _infer(table: ShapeTable, node: ir.Node, world: int) -> Found:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, domain)
     except onnx.defs.SchemaError:
-        return {}
+        from .contrib import infer
+
+        return infer(table, node, world)
     if node.op_identifier() in model.functions or any(True for _ in native.subgraphs(node)):
         return {}  # whole-model inference knows functions and scopes
     types: dict[str, onnx.TypeProto] = {}

@@ -153,7 +153,7 @@ def axes_of(axes: Iterable[int], rank: int) -> list[int]:
 
 def canonicalize(node: ir.Node, table: ShapeTable) -> Canon:
     """The canonical form of a native node. Total: what no rule knows is "opaque"."""
-    from . import ops_data, ops_math, ops_nn  # noqa: F401  (they fill RULES)
+    from . import contrib, ops_data, ops_math, ops_nn  # noqa: F401  (they fill RULES)
 
     c = Native(node, table)
     standard = node.domain in native.STANDARD_DOMAINS and node.op_identifier() not in table.model.functions
@@ -163,6 +163,8 @@ def canonicalize(node: ir.Node, table: ShapeTable) -> Canon:
             return Canon("scalar", c.every())
         if node.op_type in RULES:
             found = RULES[node.op_type](c)
+    elif (name := f"{node.domain}::{node.op_type}") in RULES and node.op_identifier() not in table.model.functions:
+        found = RULES[name](c)
     return found if found is not None else Canon("opaque", c.every())
 
 

@@ -281,3 +281,13 @@ def _gather_nd(an: Analysis, node: Node) -> None:
 
 
 __all__ = ["broadcast", "contract"]
+
+
+@rule("matmul_nbits", linear=True)
+def _matmul_nbits(an: Analysis, node: Node) -> None:
+    x, *stored = node.inputs
+    assert x is not None
+    reason = "its weight is packed in blocks of a few bits"
+    spaces = list(an.of(x))
+    an.freeze([spaces[-1], *(e for v in stored if v is not None for e in an.of(v))], reason, node)
+    an.set(node.output, [*spaces[:-1], an.frozen(node.attrs["n"], reason, node)], [False] * len(spaces))

@@ -30,6 +30,12 @@ def linear(node: Node) -> int | None:
     return None if x is None or w is None else math.prod(x[:-1]) * math.prod(w)
 
 
+def matmul_nbits(node: Node) -> int | None:
+    """Rows of x times elements of the unpacked weight."""
+    x = _hint(node.inputs[0])
+    return None if x is None else math.prod(x[:-1]) * int(node.attrs["k"]) * int(node.attrs["n"])
+
+
 def matmul(node: Node) -> int | None:
     """Output elements times the contracted length (the last axis of a)."""
     a, y = _hint(node.inputs[0]), _hint(node.output)
@@ -92,6 +98,7 @@ MACS: dict[str, Callable[[Node], int | None]] = {
     "conv": conv,
     "linear": linear,
     "matmul": matmul,
+    "matmul_nbits": matmul_nbits,
     "einsum": einsum,
     "sdpa": sdpa,
     "lstm": recurrent,
