@@ -62,6 +62,9 @@ def _conv(c: Call) -> Spec | None:
 
 
 def _stored(item: Any) -> bool:
+    """A stored tensor, possibly behind the ops of quantization."""
+    while isinstance(item, fx.Node) and item.op == "call_function" and "quantize" in str(item.target) and item.args:
+        item = item.args[0]
     return isinstance(item, fx.Node) and item.op == "get_attr"
 
 
