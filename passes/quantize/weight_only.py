@@ -16,7 +16,7 @@ from ..calibrate import Gram, collect
 from .formats import compensated, format_of
 from .formats.protocol import Encoded
 from .numerics import sqnr_db
-from .weight_sites import WeightSite, find_sites
+from .weight_sites import WeightSite, find_sites, retie
 from .weight_writer import Storage, WeightWriter
 
 DEFAULT_BLOCKS = {"int": 32, "nf4": 64, "bcq": 64, "power": 0, "kmeans": 0}
@@ -88,12 +88,14 @@ class WeightOnly(Pass):
         for pattern in (*self.ignore, *self.formats):
             if not any(matches(n, pattern) for n in graph.nodes):
                 raise ConstraintError("a pattern matches nothing", value=pattern, hint="`foldline inspect MODEL`")
+        tied = retie(graph) if self.embeddings else []
         sites, decisions = find_sites(graph, ignored, embeddings=self.embeddings, convolutions=self.convolutions)
         if not sites:
             raise ConstraintError(
                 "there is no weight to quantize", node=graph.name, expected="a linear layer with a stored weight",
                 found="; ".join(sorted({d.reason for d in decisions})[:3]) or "none",
             )  # fmt: skip
+        decisions = [*tied, *decisions]
         grams = self._grams(graph, ctx, sites)
         encode = self.encoder()
         writer = WeightWriter(graph, self.storage)

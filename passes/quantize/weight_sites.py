@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ...graph.ir import Graph, Node, Value, Weight
 from ..base import Decision
 
@@ -114,3 +116,32 @@ def _site(weight: Weight) -> WeightSite | None:
 def _out_axis(node: Node) -> int:
     swapped = node.attrs.get("transposed" if node.op == "conv" else "transposed_weight", False)
     return 1 if swapped else 0
+
+
+def retie(graph: Graph) -> list[Decision]:
+    """Let matrices that are the transpose of an embedding table read the table itself again.
+
+    Exporters write a tied output matrix transposed, as a tensor of its own.
+    """
+    decisions = []
+    tables = {}
+    for node in graph.nodes:
+        value = node.inputs[0] if node.op == "gather" and node.attrs.get("axis") == 0 else None
+        if value is not None and value.weight is not None and len(value.weight.shape) == 2:
+            tables[value.weight.name] = value.weight
+    for node in list(graph.nodes):
+        value = node.input(1) if node.op == "linear" and node.attrs.get("transposed_weight") else None
+        if value is None or value.weight is None or len(value.uses) != 1:
+            continue
+        own = value.weight
+        for table in tables.values():
+            if own.shape == table.shape[::-1] and own.dtype == table.dtype and table is not own:
+                if np.array_equal(own.numpy(), table.numpy().T):
+                    turned = graph.insert("transpose", [table.value], {"perm": [1, 0]}, name=f"{table.name}_transposed")
+                    graph.set_input(node, 1, turned.output)
+                    reason = f"its weight is the transpose of {table.name}"
+                    decisions.append(Decision(node.name, "tied", reason, {"bytes": own.size * 4}))
+                    break
+    if decisions:
+        graph.refresh()
+    return decisions

@@ -91,7 +91,7 @@ class WeightWriter:
         emitter, layout, name = self.emitter, encoded.layout, site.name
         columns = layout.columns
         assert isinstance(encoded, (LookupEncoded, PlainEncoded)) and encoded.scales is not None
-        codes, zeros = stored_codes(encoded)
+        codes, zeros = stored_codes(encoded, self.graph.kind == "fx")
         attrs: dict[str, Any] = {"axis": layout.axis, "dtype": "float32", "block": 0}
 
         def turned(a: np.ndarray) -> np.ndarray:
@@ -119,11 +119,17 @@ class WeightWriter:
         return emitter.node("dequantize", operands, attrs, f"{name}_dequantize")
 
 
-def stored_codes(encoded: LookupEncoded | PlainEncoded) -> tuple[np.ndarray, np.ndarray | None]:
-    """Codes [rows, columns] and zero points [rows, blocks] in the type that DequantizeLinear reads."""
+def stored_codes(encoded: LookupEncoded | PlainEncoded, wide: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes [rows, columns] and zero points [rows, blocks] in the type that DequantizeLinear reads.
+
+    Args:
+        wide: integers below 8 bits take a byte each (torch has no smaller type).
+    """
     if isinstance(encoded, PlainEncoded):
         return encoded.codes, None
     dtype = TYPES[encoded.shared]
+    if wide:
+        dtype = np.int8 if encoded.shared.startswith("int") else np.uint8
     if encoded.shared == "e2m1":
         return encoded.codes.view(dtype), None
     if encoded.zeros is None:

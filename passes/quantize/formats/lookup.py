@@ -92,7 +92,13 @@ class LookupEncoded:
         return replace(self, codes=codes)
 
     def write(self, emitter: Emitter, name: str) -> Value:
-        values = emitter.take(emitter.table(self.table, self.shared or f"{name}_table"), self._codes(emitter, name))
+        codes = emitter.codes(self.packed(), self.bits, self.padded().shape[1], f"{name}_codes")
+        if self.shared.startswith(("int", "uint")):  # a table of integers is a cast
+            values = emitter.cast(codes, "float32")
+            if self.table[0]:
+                values = emitter.add(values, emitter.shared(f"foldline_{self.shared}_low", self.table[:1]))
+        else:
+            values = emitter.take(emitter.table(self.table, self.shared or f"{name}_table"), codes)
         count = -(-self.layout.columns // self.block) if self.block else 1
         width = self.block or self.layout.columns
         if self.scales is not None or self.zeros is not None or self.step > 1:
@@ -104,9 +110,6 @@ class LookupEncoded:
             scale = emitter.scales(self.scales, f"{name}_scales")
             values = emitter.mul(values, emitter.reshape(scale, (self.layout.rows, count, 1)))
         return emitter.finish(values, self.layout, count * width)
-
-    def _codes(self, emitter: Emitter, name: str) -> Value:
-        return emitter.codes(self.packed(), self.bits, self.padded().shape[1], f"{name}_codes")
 
 
 def join(parts: Sequence[LookupEncoded], layout: Layout, block: int) -> LookupEncoded:
