@@ -192,6 +192,11 @@ def _pad(x: list[Any], a: dict[str, Any]) -> Built:
     return aten.pad.default, (x[0], flat, mode), {}
 
 
+@builds("mean")
+def _mean(x: list[Any], a: dict[str, Any]) -> Built:
+    return aten.mean.dim, (x[0], list(a["axes"]), bool(a.get("keepdims", False))), {}
+
+
 @builds("flip")
 def _flip(x: list[Any], a: dict[str, Any]) -> Built:
     return aten.flip.default, (x[0], list(a["axes"])), {}
