@@ -1,0 +1,201 @@
+"""Which nodes of a Q/DQ graph ONNX Runtime's CPU provider turns into integer kernels, decided from the graph alone.
+
+The runtime's selectors look for an operator all of whose data operands come out of DequantizeLinear and, for most,
+whose result goes into QuantizeLinear. The same conditions are written down here per canonical op; tests compare the
+counts with the optimized graph that the runtime writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ....graph.ir import Graph, Node, Value
+
+SIDES = {
+    "conv": (0,),
+    "linear": (0,),
+    "matmul": (0, 1),
+    "add": (0, 1),
+    "mul": (0, 1),
+    "sigmoid": (0,),
+    "leaky_relu": (0,),
+    "avg_pool": (0,),
+    "adaptive_avg_pool": (0,),
+}
+"""Canonical op -> the operands that must come out of a dequantize node per tensor; concat: all."""
+FLOAT_RESULT = ("linear", "matmul")
+"""Ops whose kernels exist with a float result too."""
+WITH_ACTIVATION = ("conv", "linear", "add", "matmul")
+
+
+@dataclass
+class Kernel:
+    """One integer kernel.
+
+    Attributes:
+        op: the runtime's operator, e.g. ``"QLinearConv"``.
+        node: the operation it computes.
+        absorbed: activations behind it that the result's range makes superfluous, and the bias addition of a Gemm.
+        quantize: the node whose integers the kernel gives; None for a float result.
+    """
+
+    op: str
+    node: Node
+    absorbed: list[Node] = field(default_factory=list)
+    quantize: Node | None = None
+
+    @property
+    def result(self) -> Value:
+        """The value that the kernel computes."""
+        if self.quantize is not None:
+            return self.quantize.output
+        return (self.absorbed[-1] if self.absorbed else self.node).output
+
+
+NAMES = {
+    "conv": "QLinearConv",
+    "add": "QLinearAdd",
+    "mul": "QLinearMul",
+    "concat": "QLinearConcat",
+    "sigmoid": "QLinearSigmoid",
+    "leaky_relu": "QLinearLeakyRelu",
+    "avg_pool": "QLinearAveragePool",
+    "adaptive_avg_pool": "QLinearGlobalAveragePool",
+}
+
+
+def find_kernels(graph: Graph) -> dict[str, Kernel]:
+    """The integer kernels of a graph, by the name of the node each computes."""
+    found = {}
+    for node in graph.nodes:
+        kernel = _kernel(node)
+        if kernel is not None:
+            found[node.name] = kernel
+    return found
+
+
+def source(value: Value | None) -> Node | None:
+    """The dequantize node that a value comes out of, if it does."""
+    node = None if value is None else value.producer
+    return node if node is not None and node.op == "dequantize" else None
+
+
+def _kernel(node: Node) -> Kernel | None:
+    sides = tuple(range(len(node.inputs))) if node.op == "concat" else SIDES.get(node.op)
+    if sides is None or len(node.outputs) != 1 or not sides:
+        return None
+    for i in sides:
+        dq = source(node.input(i))
+        if dq is None or not _per_tensor(dq) or not _byte(dq.input(0)):
+            return None
+    if not _fits(node):
+        return None
+    absorbed: list[Node] = []
+    value = node.output
+    if node.op == "linear" and node.origin != "Gemm":
+        added = _gemm_bias(node)
+        if added is not None:
+            absorbed.append(added)
+            value = added.output
+    quantize = _result(node, value, absorbed)
+    if quantize is not None:
+        gemm = node.op == "linear" and (_is_gemm(node) or any(n.op == "add" for n in absorbed))
+        name = NAMES.get(node.op) or ("QGemm" if gemm else "QLinearMatMul")
+        return Kernel(name, node, absorbed, quantize)
+    if node.op not in FLOAT_RESULT:
+        return None
+    absorbed = [n for n in absorbed if n.op == "add"]
+    gemm = node.op == "linear" and (_is_gemm(node) or bool(absorbed))
+    return Kernel("QGemm" if gemm else "MatMulIntegerToFloat", node, absorbed)
+
+
+def _is_gemm(node: Node) -> bool:
+    """Whether the runtime sees a Gemm: one in the file, or a torch linear layer on a matrix, which exports to one."""
+    if node.origin in ("Gemm", "MatMul"):
+        return node.origin == "Gemm"
+    x = node.input(0)
+    return x is not None and x.rank == 2 and node.input(2) is not None
+
+
+def _per_tensor(dq: Node) -> bool:
+    scale = dq.input(1)
+    return scale is not None and scale.is_const and scale.hint is not None and int(np.prod(scale.hint)) == 1
+
+
+def _byte(value: Value | None) -> bool:
+    return value is not None and value.dtype in ("uint8", "int8")
+
+
+def _fits(node: Node) -> bool:
+    """Conditions on the operation itself: stored weights, biases, attributes that the kernels know."""
+    if node.op in ("conv", "linear"):
+        dq = source(node.input(1))
+        if dq is None or dq.input(0) is None or not dq.inputs[0].is_const or not _byte(dq.input(0)):  # type: ignore[union-attr]
+            return False
+        bias = node.input(2)
+        if bias is not None:
+            stored = source(bias)
+            if stored is None or stored.input(0) is None or stored.inputs[0].dtype != "int32":  # type: ignore[union-attr]
+                return False
+        if node.op == "conv":
+            return not node.attrs.get("transposed")
+        return node.attrs.get("alpha", 1.0) == 1.0 and node.attrs.get("beta", 1.0) == 1.0
+    if node.op == "avg_pool":
+        return not node.attrs.get("ceil") and all(d == 1 for d in node.attrs.get("dilation") or ())
+    if node.op == "adaptive_avg_pool":
+        return all(size == 1 for size in node.attrs.get("output_size") or (0,))
+    return node.attrs.get("alpha", 1) in (1, None) or node.op not in ("add",)
+
+
+def _gemm_bias(node: Node) -> Node | None:
+    """The addition of a stored int32 bias behind a product of matrices, which the runtime makes a Gemm of both."""
+    x = node.input(0)
+    value = node.output
+    if x is None or x.rank != 2 or value.is_output or len(value.uses) != 1:
+        return None
+    user, position = value.uses[0]
+    if user.op != "add" or len(user.inputs) != 2:
+        return None
+    dq = source(user.input(1 - position))
+    stored = None if dq is None else dq.input(0)
+    return user if stored is not None and stored.is_const and stored.dtype == "int32" else None
+
+
+def _result(node: Node, value: Value, absorbed: list[Node]) -> Node | None:
+    """The quantize node behind a result, past activations that it makes superfluous; they join ``absorbed``."""
+    passed: list[Node] = []
+    while not value.is_output and len(value.uses) == 1:
+        user, position = value.uses[0]
+        if user.op == "quantize" and position == 0:
+            if not _per_tensor(user) or not _byte(user.output):
+                return None
+            if all(_superfluous(n, user) for n in passed):
+                absorbed += passed
+                return user
+            return None
+        if user.op not in ("relu", "clip") or node.op not in WITH_ACTIVATION:
+            return None
+        passed.append(user)
+        value = user.output
+    return None
+
+
+def _superfluous(activation: Node, quantize: Node) -> bool:
+    """Whether clipping to the integers' range already does what the activation does."""
+    scale_value, zero_value = quantize.input(1), quantize.input(2)
+    scale = None if scale_value is None else scale_value.const()
+    zero = None if zero_value is None else zero_value.const()
+    if scale is None:
+        return False
+    info = np.iinfo(quantize.output.dtype)
+    point = 0 if zero is None else int(np.asarray(zero).reshape(()))
+    low, high = (
+        (info.min - point) * float(np.asarray(scale).reshape(())),
+        (info.max - point) * float(np.asarray(scale).reshape(())),
+    )
+    if activation.op == "relu":
+        return low >= 0
+    least, most = activation.attrs.get("min"), activation.attrs.get("max")
+    return (least is None or least <= low) and (most is None or most >= high)
