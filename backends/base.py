@@ -30,6 +30,10 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu-host": (".onnxruntime", "OnnxRuntimeHost"),
     "onnxruntime-cuda": (".onnxruntime", "OnnxRuntimeCuda"),
     "onnxruntime-tensorrt": (".onnxruntime", "OnnxRuntimeTensorrt"),
+    "tensorrt": (".tensorrt", "TensorRT"),
+    "tensorrt-rtx": (".tensorrt", "TensorRT"),
+    "tensorrt-fp8": (".tensorrt", "TensorRTFp8"),
+    "tensorrt-int4": (".tensorrt", "TensorRTInt4"),
 }
 """Name -> (module, class), loaded when first asked for."""
 
@@ -147,6 +151,16 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def check(self, graph: Graph) -> list[Diagnostic]:
         """What the target would refuse, miscompile or run slowly; static, so the target need not be here."""
+
+    def check_file(self, file: Any, **options: Any) -> list[Diagnostic]:
+        """What the target would say about an ONNX file (a ``rules.OnnxFile``), decided on the file alone.
+
+        Args:
+            options: facts of the target beyond its name, e.g. ``capability=86`` or ``vnni=False``.
+        """
+        from ..graph.load import load
+
+        return self.check(load(file.model))
 
     @abc.abstractmethod
     def lower(self, graph: Graph, example_inputs: Any = None) -> Artifact:

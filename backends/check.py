@@ -1,4 +1,4 @@
-"""check(): what a target would say about a model or file, without lowering it and without the device."""
+"""fl.check: what a target would say about a model or file, without lowering it and without the device."""
 
 from __future__ import annotations
 
@@ -8,59 +8,56 @@ from typing import Any
 from ..graph.errors import FoldlineError, ModelFileError
 from ..graph.load import is_onnx_model, load
 from .base import Diagnostic, get
+from .rules.onnx_file import OnnxFile
+from .rules.validity import checker, standard
+
+ORDER = ("error", "warning", "info")
 
 
-def check(model: Any, target: str, example_inputs: Any = None) -> list[Diagnostic]:
+def check(model: Any, target: str, example_inputs: Any = None, **options: Any) -> list[Diagnostic]:
     """Diagnostics of a target for a model.
+
+    An ONNX model is judged as it is, by its attributes and stored numbers; a module is exported first.
 
     Args:
         model: anything ``fl.load`` takes; an ONNX model or file is checked for validity first, and when it is not
             valid that is all that is said.
-        target: name of the backend.
+        target: name of the backend, or ``"onnx"`` for validity alone.
         example_inputs: one call's arguments, for an ``nn.Module``.
+        options: facts of the target beyond its name: ``capability=86`` (TensorRT), ``vnni=False`` (ONNX Runtime).
 
     Returns:
-        Errors first, then warnings, then infos; within these in the order of the graph. Empty when all is well.
+        Errors first, then warnings, then infos; within these in the order of the rules and of the graph. Empty when
+        all is well.
 
     Raises:
         ConfigError: there is no such backend. ModelFileError: there is no such file.
     """
-    backend = get(target)
+    backend = None if target == "onnx" else get(target)
     if isinstance(model, (str, Path)) and not Path(model).exists():
         raise ModelFileError("there is no such model file", node=str(model))
     found = validity(model)
-    if not any(d.severity == "error" for d in found):
+    if backend is not None and not any(d.severity == "error" for d in found):
         try:
-            found += backend.check(load(model, example_inputs))
+            if is_onnx(model):
+                found += backend.check_file(OnnxFile(model), **options)
+            else:
+                found += backend.check(load(model, example_inputs))
         except FoldlineError as exc:
-            if not _is_onnx(model):
+            if not is_onnx(model):
                 raise
-            found.append(Diagnostic("load", "error", exc.node or "", exc.message, exc.hint or ""))
-    order = ("error", "warning", "info")
-    return sorted(found, key=lambda d: order.index(d.severity))
+            found.append(Diagnostic("load", "error", exc.node or "", exc.message, exc.hint or "", "error"))
+    return sorted(found, key=lambda d: ORDER.index(d.severity))
 
 
-def _is_onnx(model: Any) -> bool:
+def is_onnx(model: Any) -> bool:
+    """Whether this is an ONNX model or the path of one."""
     return is_onnx_model(model) or (isinstance(model, (str, Path)) and Path(model).suffix.lower() == ".onnx")
 
 
 def validity(model: Any) -> list[Diagnostic]:
-    """What ONNX's own checker says about a model or file; nothing for other kinds."""
-    if not _is_onnx(model):
+    """What the standard says about an ONNX model or file; nothing for other kinds."""
+    if not is_onnx(model):
         return []
-    import onnx
-
-    if isinstance(model, (str, Path)):
-        subject: Any = str(model)
-    elif isinstance(model, onnx.ModelProto):
-        subject = model
-    else:
-        import onnx_ir as ir
-
-        subject = ir.serde.serialize_model(model)
-    try:
-        onnx.checker.check_model(subject)
-    except Exception as exc:  # ValidationError, DecodeError, OSError: whatever is wrong with the file
-        text = " ".join(str(exc).split())
-        return [Diagnostic("onnx", "error", "", text[:400], "the file is not valid ONNX: export it again")]
-    return []
+    found = checker(model)
+    return found or standard(OnnxFile(model))

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from .onnx_file import MICROSOFT, OnnxFile, attribute, dtype_name, name_of
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
-NARROW = {"int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 

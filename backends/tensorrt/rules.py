@@ -1,0 +1,9 @@
+"""All rules for TensorRT, errors first."""
+
+from __future__ import annotations
+
+from ..rules.rule import Rule
+from .rules_file import RULES as REFUSED
+from .rules_speed import RULES as SLOW
+
+RULES: tuple[Rule, ...] = (*REFUSED, *SLOW)
