@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from .spec.formats import FLOAT_LIMITS, LIMITS, TensorFormat, numpy_dtype
 RoundingRule = Literal["divide", "reciprocal"]
 """``divide``: rint(x / scale), as ONNX defines it; ``reciprocal``: rint(x * (1 / scale)), as torch's kernels do.
 
-Both round ties to even; the products differ from the quotients in the last bit, so that values near a tie may differ.
+The products differ from the quotients in the last bit, so that values near a tie may differ.
 """
 
 
@@ -29,6 +29,7 @@ class QuantParams:
         block: 0 without blocks. The last block may be shorter.
         low, high: the stored values used; None for all that the dtype holds.
         rule: division or reciprocal.
+        ties: values halfway between two integers go to the even one, or to the one further from zero.
     """
 
     scale: np.ndarray
@@ -38,6 +39,7 @@ class QuantParams:
     low: float | None = None
     high: float | None = None
     rule: RoundingRule = "divide"
+    ties: Literal["even", "away"] = "even"
 
     @property
     def dtype(self) -> str:
@@ -72,7 +74,12 @@ class QuantParams:
         steps = self.steps(x)
         if self.dtype in FLOAT_LIMITS:
             return np.clip(steps, low, high, out=steps).astype(self.zero_point.dtype)
-        np.rint(steps, out=steps)
+        if self.ties == "even":
+            np.rint(steps, out=steps)
+        else:
+            # Adding a half first would round the largest value below a half up.
+            whole = np.trunc(steps)
+            steps = np.where(np.abs(steps - whole) >= 0.5, whole + np.sign(steps), whole)
         if self.dtype == "int32":  # float32 does not hold the ends of the range
             steps = steps.astype(np.float64)
         if self.zero_point.any():
@@ -210,8 +217,7 @@ def weight_params(
     if least is None:
         return params
     bound = least if along == axis and not form.block else np.max(least)
-    scale = np.maximum(params.scale, np.asarray(bound).astype(params.scale.dtype))
-    return QuantParams(scale, params.zero_point, along, form.block, params.low, params.high, params.rule)
+    return replace(params, scale=np.maximum(params.scale, np.asarray(bound).astype(params.scale.dtype)))
 
 
 def bias_params(x: QuantParams, weight: QuantParams, channels: int) -> QuantParams:

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ....graph.errors import ConfigError
+from .backend_spec import BackendSpec
 
 Resolver = Callable[[str], dict[str, Any] | None]
+
+
+def load_spec(path: Path, resolve: Resolver | None = None) -> BackendSpec:
+    """The validated spec of a file. Raises ConfigError, naming the key that is wrong."""
+    return BackendSpec.from_dict(read_spec(path, resolve), path.name)
 
 
 def read_spec(path: Path, resolve: Resolver | None = None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
