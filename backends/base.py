@@ -30,6 +30,8 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "onnxruntime-cpu-host": (".onnxruntime", "OnnxRuntimeHost"),
     "onnxruntime-cuda": (".onnxruntime", "OnnxRuntimeCuda"),
     "onnxruntime-tensorrt": (".onnxruntime", "OnnxRuntimeTensorrt"),
+    "cuda": (".cuda", "Cuda"),
+    "inductor-cpu": (".cuda", "InductorCpu"),
     "tensorrt": (".tensorrt", "TensorRT"),
     "tensorrt-rtx": (".tensorrt", "TensorRT"),
     "tensorrt-fp8": (".tensorrt", "TensorRTFp8"),
