@@ -29,9 +29,7 @@ def _product(node: Node) -> Iterator[Diagnostic]:
     if points is not None and np.asarray(points).any():
         yield _say(node, "weight-zero-point", "its weight has zero points; oneDNN takes symmetric weights", "")
     if w.attrs.get("block"):
-        yield _say(
-            node, "weight-blocks", "its weight has scales per block: it is dequantized first", ""
-        )
+        yield _say(node, "weight-blocks", "its weight has scales per block: it is dequantized first", "")
     if x is None:
         yield _say(node, "weight-only", "its input is float: the weight is dequantized before a float product", "")
         return
