@@ -94,29 +94,36 @@ def _kernel(node: Node) -> Kernel | None:
         return None
     absorbed: list[Node] = []
     value = node.output
-    if node.op == "linear" and node.origin != "Gemm":
-        added = _gemm_bias(node)
-        if added is not None:
-            absorbed.append(added)
-            value = added.output
+    gemm = False
+    if node.op == "linear":
+        added = _bias_addition(node)
+        gemm = _is_gemm(node, added)
+        if gemm and added is not None:
+            absorbed, value = [added], added.output
+        elif not gemm and node.input(2) is not None:
+            return Kernel("MatMulIntegerToFloat", node)  # exported as a product and a float addition
+    merged = list(absorbed)
     quantize = _result(node, value, absorbed)
     if quantize is not None:
-        gemm = node.op == "linear" and (_is_gemm(node) or any(n.op == "add" for n in absorbed))
-        name = NAMES.get(node.op) or ("QGemm" if gemm else "QLinearMatMul")
-        return Kernel(name, node, absorbed, quantize)
+        return Kernel(NAMES.get(node.op) or ("QGemm" if gemm else "QLinearMatMul"), node, absorbed, quantize)
     if node.op not in FLOAT_RESULT:
         return None
-    absorbed = [n for n in absorbed if n.op == "add"]
-    gemm = node.op == "linear" and (_is_gemm(node) or bool(absorbed))
-    return Kernel("QGemm" if gemm else "MatMulIntegerToFloat", node, absorbed)
+    return Kernel("QGemm" if gemm else "MatMulIntegerToFloat", node, merged)
 
 
-def _is_gemm(node: Node) -> bool:
-    """Whether the runtime sees a Gemm: one in the file, or a torch linear layer on a matrix, which exports to one."""
-    if node.origin in ("Gemm", "MatMul"):
-        return node.origin == "Gemm"
+def _is_gemm(node: Node, added: Node | None) -> bool:
+    """Whether the runtime sees a Gemm.
+
+    One in the file; a torch linear layer on a matrix, which exports to one; or a product and the addition of its bias,
+    which the runtime merges where it knows the shapes.
+    """
     x = node.input(0)
-    return x is not None and x.rank == 2 and node.input(2) is not None
+    if node.origin == "Gemm" or x is None or x.shape is None:
+        return node.origin == "Gemm"
+    if node.origin != "MatMul" and x.rank == 2:
+        return True
+    biased = added is not None or node.input(2) is not None
+    return biased and (x.rank == 2 or all(isinstance(d, int) for d in x.shape))
 
 
 def _per_tensor(dq: Node) -> bool:
@@ -149,11 +156,10 @@ def _fits(node: Node) -> bool:
     return node.attrs.get("alpha", 1) in (1, None) or node.op not in ("add",)
 
 
-def _gemm_bias(node: Node) -> Node | None:
-    """The addition of a stored int32 bias behind a product of matrices, which the runtime makes a Gemm of both."""
-    x = node.input(0)
+def _bias_addition(node: Node) -> Node | None:
+    """The addition of a stored int32 bias behind a product, if that is all that reads it."""
     value = node.output
-    if x is None or x.rank != 2 or value.is_output or len(value.uses) != 1:
+    if node.input(2) is not None or value.is_output or len(value.uses) != 1:
         return None
     user, position = value.uses[0]
     if user.op != "add" or len(user.inputs) != 2:
