@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from ....graph.errors import ConstraintError
 from ....graph.ir import Graph, Node, Value
 from ...base import Context, Contract, Decision, Needs, Outcome, Pass
+from .norms import Norm, norms
 from .sites import float_reference
 
 if TYPE_CHECKING:
     from .walk import PairWalk
 
-NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm")
 MOST = 2.0
 """Largest factor by which a gain moves, either way."""
 SAME = 1e-6
@@ -68,15 +69,13 @@ class NormTweak(Pass):
         from .walk import PairWalk
 
         reference = float_reference(ctx, self.reference, self.name)
-        twins = {n.name: n for n in reference.nodes if n.op in NORMS}
-        pairs = [(n, twins[n.name]) for n in graph.nodes if n.op in NORMS and n.name in twins]
-        if not pairs:
-            from ....graph.errors import ConstraintError
-
+        twins = {norm.node.name: norm.node for norm in norms(reference)}
+        found = {n.node.name: n for n in norms(graph) if n.node.name in twins}
+        if not found:
             raise ConstraintError(
                 "there is no norm to tweak",
                 node=self.name,
-                expected=", ".join(NORMS) + " with a gain of its own",
+                expected="layer, RMS, group or instance norms with a gain of their own",
                 found=", ".join(sorted({n.op for n in graph.nodes if "norm" in n.op})) or "none",
                 hint="batch norms are P.BnRetune's",
             )
@@ -87,7 +86,10 @@ class NormTweak(Pass):
         else:
             batches = self.batches(ctx)
         walk = PairWalk(graph, reference, batches)
-        decisions = [_tweak(walk, node, twin, self.strength) for node, twin in walk.visit(pairs, ctx.progress)]
+        pairs = [(norm.node, twins[name]) for name, norm in found.items()]
+        decisions = [
+            _tweak(walk, found[node.name], twin, self.strength) for node, twin in walk.visit(pairs, ctx.progress)
+        ]
         moved = [d for d in decisions if d.action == "tweaked"]
         return Outcome(decisions=decisions, details={"tweaked": len(moved), "left": len(decisions) - len(moved)})
 
@@ -118,16 +120,15 @@ def gain_only(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.n
     return np.asarray(np.take_along_axis(candidates, losses.argmin(0)[None], 0)[0])
 
 
-def _tweak(walk: PairWalk, node: Node, twin: Node, strength: float) -> Decision:
+def _tweak(walk: PairWalk, norm: Norm, twin: Node, strength: float) -> Decision:
     from .walk import channel_moments
 
+    node, axis = norm.node, norm.axis
     both = walk.outputs(node, twin)
-    rank = node.output.rank or 0
-    axis = 1 if node.op in ("group_norm", "instance_norm") else rank - 1
-    if both is None or not rank:
+    if both is None:
         return Decision(node.name, "left", "its output is not computed by itself")
     size = both[0][0].shape[axis]
-    gain, bias = node.input(1), node.input(2)
+    gain, bias = norm.gain, norm.bias
     if not own(gain, size):
         return Decision(node.name, "left", "its gain is not a vector of its own (absent, shared or over several axes)")
     top = max(float(y.abs().max()) for y in both[0])
@@ -147,6 +148,9 @@ def _tweak(walk: PairWalk, node: Node, twin: Node, strength: float) -> Decision:
     _write(walk, gain, lambda old: old * s.reshape(old.shape))
     if shifts:
         _write(walk, bias, lambda old: old * s.reshape(old.shape) + t.reshape(old.shape))
+    if gain not in node.inputs:  # a norm that is written out, with a bias: its product comes before its sum
+        assert gain is not None
+        walk.here.remake(gain.uses[0][0].output)
     walk.repeat()
     what = "gain and bias" if shifts else "gain (it has no bias)"
     return Decision(
