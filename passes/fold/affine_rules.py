@@ -82,7 +82,7 @@ class PushGain(Rule):
 
     def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
         shape = gain_shape(node)
-        affine = None if isinstance(shape, Refusal) else _gain(node, shape)
+        affine = None if isinstance(shape, Refusal) else gain_of(node, shape)
         if isinstance(shape, Refusal) or affine is None or affine.identity:
             return None
         walk = Walk(env, arithmetic=False)
@@ -107,7 +107,7 @@ def _is_bias(node: Node, position: int) -> bool:
     return producer is not None and producer.op in ("linear", "matmul", "einsum") and not takes_bias(producer)
 
 
-def _gain(node: Node, shape: tuple[int, ...]) -> Affine | None:
+def gain_of(node: Node, shape: tuple[int, ...]) -> Affine | None:
     """Gain and bias as a map on the output; None where there is none, or none that may be changed."""
     rank = node.output.rank
     gain, bias = constant(node, 1), constant(node, 2)

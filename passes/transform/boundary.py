@@ -166,33 +166,26 @@ def environment(graph: Graph, ctx: Context) -> Env:
     return Env(graph, ctx)
 
 
-def shared_channels(groups: AxisGroups, boundary: Boundary) -> np.ndarray | None:
-    """Class of every channel, int64 [size], where some must share a factor because one channel above feeds them all.
+def shared_channels(groups: AxisGroups, boundary: Boundary) -> list[np.ndarray]:
+    """Ways in which channels may have to share a factor because one channel above feeds several, the finest first.
 
-    Under grouped queries each value head is copied for several query heads; None where no channel is copied.
+    Each is a class per channel, int64 [size]. Under grouped queries each value head is copied for several query heads:
+    channels that differ only in what the weight above does not know are one class.
     """
     node = boundary.readers[0][0]
     weight = node.inputs[1]
-    if weight is None or weight not in groups.analysis.spaces or node.op == "conv":
-        return None
+    if weight is None or weight.weight is None or weight not in groups.analysis.spaces or node.op == "conv":
+        return []
     axis = 0 if node.op == "matmul" or inputs_first(node) else 1
     space = groups.analysis.of(weight)[axis]
-    here = [g for g in groups.of(weight.weight, axis)] if weight.weight is not None else []
-    keys = []
-    for group in here:
-        others = [m for m in group.members if m.role in ("produces", "both") and m.weight is not weight.weight]
-        if others:
-            keys.append((group, {m.weight for m in others}))
-    for source_weight in {w for _, weights in keys for w in weights}:
-        chosen = [coordinates(space, g.atom) for g, weights in keys if source_weight in weights]
-        if len(chosen) == len(here) or not chosen:
+    here = groups.of(weight.weight, axis)
+    found: dict[tuple[int, ...], np.ndarray] = {}
+    for other in dict.fromkeys(m.weight for g in here for m in g.members if m.role in ("produces", "both")):
+        known = [g for g in here if any(m.weight is other and m.role in ("produces", "both") for m in g.members)]
+        if other is weight.weight or len(known) == len(here):
             continue
-        _, classes = np.unique(np.stack(chosen, 1), axis=0, return_inverse=True)
-        found = classes.reshape(-1)
-        if found.max() + 1 < boundary.size and found.max() + 1 == _produced(groups, source_weight, chosen):
-            return found
-    return None
-
-
-def _produced(groups: AxisGroups, weight: object, chosen: list[np.ndarray]) -> int:
-    return int(np.prod([int(c.max()) + 1 for c in chosen]))
+        places = np.stack([coordinates(space, g.atom) for g in known], 1)
+        found.setdefault(
+            tuple(here.index(g) for g in known), np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+        )
+    return sorted(found.values(), key=lambda classes: -int(classes.max()))

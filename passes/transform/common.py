@@ -74,15 +74,12 @@ class Scaler:
     def __init__(self, graph: Graph, env: Env) -> None:
         self.graph, self.env = graph, env
         self._groups: AxisGroups | None = None
-        self._classes: dict[int, np.ndarray | None] = {}
 
-    def classes(self, boundary: Boundary) -> np.ndarray | None:
-        """Channels that must share a factor (see ``shared_channels``), None where each has its own."""
-        if id(boundary) not in self._classes:
-            if self._groups is None:
-                self._groups = axis_groups(self.graph)
-            self._classes[id(boundary)] = shared_channels(self._groups, boundary)
-        return self._classes[id(boundary)]
+    def classes(self, boundary: Boundary) -> list[np.ndarray]:
+        """Ways in which channels may have to share a factor (see ``shared_channels``)."""
+        if self._groups is None:
+            self._groups = axis_groups(self.graph)
+        return shared_channels(self._groups, boundary)
 
     def probe(self, boundary: Boundary) -> tuple[np.ndarray | None, Refusal | None]:
         """(classes of channels that share a factor or None, why no factor can be folded or None)."""
@@ -90,9 +87,9 @@ class Scaler:
         refused = rescale(self.env, boundary, factors)
         if isinstance(refused, Finished):
             return None, None
-        classes = self.classes(boundary)
-        if classes is not None and isinstance(rescale(self.env, boundary, factors[classes]), Finished):
-            return classes, None
+        for classes in self.classes(boundary):
+            if isinstance(rescale(self.env, boundary, factors[classes]), Finished):
+                return classes, None
         return None, refused
 
     def fold(self, boundary: Boundary, factors: np.ndarray) -> list[str] | Refusal:
