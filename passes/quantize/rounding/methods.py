@@ -8,7 +8,34 @@ from ....graph.errors import ConfigError
 from .job import Rounded, RoundingJob
 from .nearest import round_nearest
 
-METHODS: dict[str, Callable[[RoundingJob], dict[str, Rounded]]] = {"nearest": round_nearest}
+
+def _gptq(job: RoundingJob) -> dict[str, Rounded]:
+    from .layerwise import round_gptq  # brings torch along
+
+    return round_gptq(job)
+
+
+def _learned(job: RoundingJob) -> dict[str, Rounded]:
+    from .layerwise import round_learned
+
+    return round_learned(job)
+
+
+def _reconstruct(job: RoundingJob) -> dict[str, Rounded]:
+    from .reconstruct import reconstruct
+
+    return reconstruct(job)
+
+
+METHODS: dict[str, Callable[[RoundingJob], dict[str, Rounded]]] = {
+    "nearest": round_nearest,
+    "gptq": _gptq,
+    "adaround": _learned,
+    "adaquant": _learned,
+    "flexround": _learned,
+    "lrq": _learned,
+    "reconstruct": _reconstruct,
+}
 """Name -> method. A method returns one ``Rounded`` per weight site, by the name of the site's node."""
 
 
