@@ -31,9 +31,15 @@ if TYPE_CHECKING:
     from .prune.schedule import PruneIteratively
     from .prune.select_pass import Select
     from .quantize import Quantize
+    from .quantize.archive import Archive, read_archive
+    from .quantize.archive.compress_weights import CompressWeights
+    from .quantize.archive.vq_weights import VQWeights
     from .quantize.correct.bias import BiasCorrection
     from .quantize.correct.bn_retune import BnRetune
     from .quantize.correct.norm_tweak import NormTweak
+    from .quantize.qat.freeze_pass import FreezeQuantized
+    from .quantize.qat.freezing import WeightFreezing
+    from .quantize.qat.qat_pass import QuantizeAware
     from .quantize.weight_only import WeightOnly
     from .recover import Recover
     from .registry import get, names
@@ -54,6 +60,7 @@ if TYPE_CHECKING:
     finetune: Callable[..., Result]
     fold: Callable[..., Result]
     fold_linear_op: Callable[..., Result]
+    freeze_quantized: Callable[..., Result]
     fuse_parallel_linears: Callable[..., Result]
     insert_dynamic_channel_gate: Callable[..., Result]
     insert_linear_op: Callable[..., Result]
@@ -62,6 +69,7 @@ if TYPE_CHECKING:
     norm_tweak: Callable[..., Result]
     prune: Callable[..., Result]
     prune_iteratively: Callable[..., Result]
+    qat: Callable[..., Result]
     quantize: Callable[..., Result]
     recover: Callable[..., Result]
     reinitialize: Callable[..., Result]
@@ -69,14 +77,18 @@ if TYPE_CHECKING:
     replace_norm: Callable[..., Result]
     select: Callable[..., Result]
     shared_mask: Callable[..., Result]
+    compress_weights: Callable[..., Result]
+    vq_weights: Callable[..., Result]
     weight_only: Callable[..., Result]
 
 __all__ = [
     "Adapter",
+    "Archive",
     "BiasCorrection",
     "Bind",
     "BnRetune",
     "Clean",
+    "CompressWeights",
     "Context",
     "Contract",
     "Cut",
@@ -85,6 +97,7 @@ __all__ = [
     "FineTune",
     "Fold",
     "FoldLinearOp",
+    "FreezeQuantized",
     "FuseParallelLinears",
     "InsertAdapter",
     "InsertDynamicChannelGate",
@@ -100,6 +113,7 @@ __all__ = [
     "Prune",
     "PruneIteratively",
     "Quantize",
+    "QuantizeAware",
     "Recover",
     "Reinitialize",
     "Reparametrize",
@@ -109,6 +123,8 @@ __all__ = [
     "Select",
     "SharedMask",
     "TopKFrequency",
+    "VQWeights",
+    "WeightFreezing",
     "WeightOnly",
     "absorb_removed",
     "adapter_of",
@@ -118,12 +134,14 @@ __all__ = [
     "bn_retune",
     "clean",
     "compare_with_scratch",
+    "compress_weights",
     "cut",
     "drop_blocks",
     "expected_macs",
     "finetune",
     "fold",
     "fold_linear_op",
+    "freeze_quantized",
     "fuse_parallel_linears",
     "get",
     "identity_loss",
@@ -139,7 +157,9 @@ __all__ = [
     "norm_tweak",
     "prune",
     "prune_iteratively",
+    "qat",
     "quantize",
+    "read_archive",
     "recover",
     "regularize",
     "reinitialize",
@@ -149,6 +169,7 @@ __all__ = [
     "select",
     "shared_mask",
     "unmerge_adapter",
+    "vq_weights",
     "weight_only",
 ]
 
@@ -165,7 +186,9 @@ _HOME = {
     **dict.fromkeys(["TopKFrequency", "expected_macs"], ".prune.gate"),
     "compare_with_scratch": ".prune.reinitialize",
     "identity_loss": ".prune.pat",
+    "WeightFreezing": ".quantize.qat.freezing",
     "insert_adapter": ".adapters.insert",
+    **dict.fromkeys(["Archive", "read_archive"], ".quantize.archive"),
     "Report": ".report",
     "Result": ".result",
 }

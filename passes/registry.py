@@ -27,6 +27,8 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "qat": (".quantize.qat.qat_pass", "QuantizeAware"),
     "freeze_quantized": (".quantize.qat.freeze_pass", "FreezeQuantized"),
     "weight_only": (".quantize.weight_only", "WeightOnly"),
+    "compress_weights": (".quantize.archive.compress_weights", "CompressWeights"),
+    "vq_weights": (".quantize.archive.vq_weights", "VQWeights"),
     "smooth": (".transform.smooth", "Smooth"),
     "flat_transform": (".transform.flat", "FlatTransform"),
     "rotate": (".transform.rotate", "Rotate"),
