@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .quantize.correct.bias import BiasCorrection
     from .quantize.correct.bn_retune import BnRetune
     from .quantize.correct.norm_tweak import NormTweak
+    from .quantize.finetune_quantized import FinetuneQuantized
     from .quantize.qat.freeze_pass import FreezeQuantized
     from .quantize.qat.freezing import WeightFreezing
     from .quantize.qat.qat_pass import QuantizeAware
@@ -50,14 +51,27 @@ if TYPE_CHECKING:
     from .reparam.subspace import load_subspace, save_subspace
     from .report import Report
     from .result import Result
+    from .transform.awq import AwqScale
+    from .transform.equalize import Equalize
+    from .transform.flat import FlatTransform
+    from .transform.query_key import FuseQueryKey
+    from .transform.rotate import Rotate
+    from .transform.smooth import Smooth
 
     bias_correction: Callable[..., Result]
     bn_retune: Callable[..., Result]
+    smooth: Callable[..., Result]
+    rotate: Callable[..., Result]
+    fuse_query_key: Callable[..., Result]
+    flat_transform: Callable[..., Result]
+    equalize: Callable[..., Result]
+    awq_scale: Callable[..., Result]
     clean: Callable[..., Result]
     bind: Callable[..., Result]
     cut: Callable[..., Result]
     drop_blocks: Callable[..., Result]
     finetune: Callable[..., Result]
+    finetune_quantized: Callable[..., Result]
     fold: Callable[..., Result]
     fold_linear_op: Callable[..., Result]
     freeze_quantized: Callable[..., Result]
@@ -84,6 +98,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Archive",
+    "AwqScale",
     "BiasCorrection",
     "Bind",
     "BnRetune",
@@ -94,11 +109,15 @@ __all__ = [
     "Cut",
     "Decision",
     "DropBlocks",
+    "Equalize",
     "FineTune",
+    "FinetuneQuantized",
+    "FlatTransform",
     "Fold",
     "FoldLinearOp",
     "FreezeQuantized",
     "FuseParallelLinears",
+    "FuseQueryKey",
     "InsertAdapter",
     "InsertDynamicChannelGate",
     "InsertLinearOp",
@@ -120,8 +139,10 @@ __all__ = [
     "ReplaceNorm",
     "Report",
     "Result",
+    "Rotate",
     "Select",
     "SharedMask",
+    "Smooth",
     "TopKFrequency",
     "VQWeights",
     "WeightFreezing",
@@ -129,6 +150,7 @@ __all__ = [
     "absorb_removed",
     "adapter_of",
     "as_function",
+    "awq_scale",
     "bias_correction",
     "bind",
     "bn_retune",
@@ -137,12 +159,16 @@ __all__ = [
     "compress_weights",
     "cut",
     "drop_blocks",
+    "equalize",
     "expected_macs",
     "finetune",
+    "finetune_quantized",
+    "flat_transform",
     "fold",
     "fold_linear_op",
     "freeze_quantized",
     "fuse_parallel_linears",
+    "fuse_query_key",
     "get",
     "identity_loss",
     "insert_adapter",
@@ -165,9 +191,11 @@ __all__ = [
     "reinitialize",
     "reparametrize",
     "replace_norm",
+    "rotate",
     "save_subspace",
     "select",
     "shared_mask",
+    "smooth",
     "unmerge_adapter",
     "vq_weights",
     "weight_only",
