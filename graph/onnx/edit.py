@@ -49,6 +49,8 @@ def set_input(g: ONNXGraph, node: Node, position: int, value: Value | None) -> N
     while native.inputs and native.inputs[-1] is None:
         native.resize_inputs(len(native.inputs) - 1)
     g.dirty.add(native)
+    if value is not None and old is not None and old.dtype != value.native.dtype:
+        g.table.visit(native, stored=False)  # the results may change their type, which nodes inserted behind ask for
     g.reread(node)
     if old is not None:
         g.idle.append(old)

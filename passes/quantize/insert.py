@@ -105,23 +105,20 @@ class Inserter:
             self.graph.set_input(site.node, position, self.graph.add_weight(name, bias.astype(np.float32)))
 
     def _table(self, site: WeightSite, made: Rounded) -> None:
-        p, node = made.params, site.node
+        """A look-up of integers, dequantized behind."""
+        node, p = site.node, made.params
         value, quality = self._store(site, made)
-        out = node.output
-        readers = list(out.uses)
         self.graph.set_input(node, site.position, value)
         scale, zero = self._grid(site.weight.name, p)
-        axis = None if p.axis is None else (out.rank or 1) - 1
         dq = self.graph.insert(
             "dequantize",
-            [out, scale, zero],
-            {"axis": axis, "dtype": p.dtype, "block": 0},
+            [node.output, scale, zero],
+            {"axis": None if p.axis is None else (node.output.rank or 1) - 1, "dtype": p.dtype, "block": 0},
             name=f"{node.name}_dequantize",
             after=node,
             scope=node.scope,
         )
-        if readers or out.is_output:
-            self.graph.replace_uses(out, dq.output, except_nodes=[dq])
+        self.graph.replace_uses(node.output, dq.output, except_nodes=[dq])
         self.facts[node.name] = {
             "weight": site.weight.name,
             "weight_dtype": p.dtype,
