@@ -69,7 +69,6 @@ def timed(files: dict[str, Path], feeds: dict[str, np.ndarray], seconds: float) 
 def kernels(path: Path, folder: Path) -> str:
     """Integer kernels + products left in float, as the runtime rewrites the file."""
     import onnxruntime as ort
-
     from foldline.backends.onnxruntime.artifact import sort_nodes
 
     options = ort.SessionOptions()
