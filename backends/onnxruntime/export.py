@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ...graph.errors import BackendError
 from ...graph.ir import Graph
+from .turn import turn_weights
 
 OPSET = 20
 """The exporter's own default, and read by every ONNX Runtime that foldline supports."""
@@ -73,6 +74,7 @@ def export(graph: Graph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
                 if isinstance(d, str) and value.shape is not None and isinstance(value.shape[i], int):
                     notes.append(f"axis {i} of input {mine.name} is fixed at {value.shape[i]}: {exc.found}")
     _rename(model, [v.name for v in graph.inputs], [v.name for v in graph.outputs])
+    turn_weights(model)
     strip(model)
     return model, notes
 

@@ -1,0 +1,92 @@
+"""Transposes behind dequantized weights, which the exporter leaves, become transposed integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+def turn_weights(model: ir.Model) -> int:
+    """Store quantized weights the way round that they are read: ``Transpose(DQ(w))`` becomes ``DQ(transposed w)``.
+
+    The numbers are the same, the scales' axis moves along. A transposed copy is shared by all that read it so; the
+    other way round stays as long as something reads that. Returns how many transposes went.
+    """
+    graph = model.graph
+    made: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
+    taken = {*graph.initializers, *(v.name or "" for node in graph for v in node.outputs)}
+    gone = 0
+    for node in list(graph):
+        dq = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if dq is None or dq.op_type != "DequantizeLinear" or node.outputs[0].is_graph_output():
+            continue
+        stored = dq.inputs[0]
+        if stored is None or stored.const_value is None or stored.is_graph_input():
+            continue
+        rank = len(stored.const_value.shape)
+        perm = tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else tuple(reversed(range(rank)))
+        key = (dq.outputs[0], perm)
+        if key not in made:
+            made[key] = _turned(graph, dq, perm, taken)
+        node.outputs[0].replace_all_uses_with(made[key])
+        graph.remove(node, safe=True)
+        gone += 1
+    for value in {value for value, _ in made}:
+        _drop(graph, value)
+    return gone
+
+
+def _turned(graph: ir.Graph, dq: ir.Node, perm: tuple[int, ...], taken: set[str]) -> ir.Value:
+    old = dq.outputs[0]
+    axis = dq.attributes["axis"].as_int() if "axis" in dq.attributes else 1
+    axis = axis % len(perm)
+    inputs = []
+    for value in dq.inputs:
+        assert value is not None
+        array = None if value.const_value is None else value.const_value.numpy()
+        grid = array is not None and array.ndim == len(perm) > 1
+        inputs.append(_constant(graph, value, array.transpose(perm), taken) if array is not None and grid else value)
+    attributes = [a for name, a in dq.attributes.items() if name != "axis"]
+    attributes.append(ir.AttrInt64("axis", perm.index(axis)))
+    node = ir.Node("", "DequantizeLinear", inputs, attributes, name=f"{dq.name}_turned")
+    made = node.outputs[0]
+    made.name = _free(taken, f"{old.name}_turned")
+    made.type = old.type
+    if old.shape is not None:
+        made.shape = ir.Shape([old.shape[i] for i in perm])
+    graph.insert_after(dq, node)
+    return made
+
+
+def _constant(graph: ir.Graph, value: ir.Value, array: np.ndarray, taken: set[str]) -> ir.Value:
+    name = _free(taken, f"{value.name}_turned")
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    made = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.initializers.add(made)
+    return made
+
+
+def _free(taken: set[str], name: str) -> str:
+    unique, k = name, 1
+    while unique in taken:
+        k += 1
+        unique = f"{name}_{k}"
+    taken.add(unique)
+    return unique
+
+
+def _drop(graph: ir.Graph, value: ir.Value) -> None:
+    """Take a dequantize away that nothing reads any more, and the constants it alone read."""
+    if value.uses() or value.is_graph_output():
+        return
+    node = value.producer()
+    assert node is not None
+    operands = [v for v in node.inputs if v is not None]
+    graph.remove(node, safe=True)
+    for operand in operands:
+        if (
+            not operand.uses()
+            and not operand.is_graph_output()
+            and graph.initializers.get(operand.name or "") is operand
+        ):
+            del graph.initializers[name]
