@@ -1,4 +1,4 @@
-"""fl.check for TensorRT against TensorRT's own parser and builder: small files, one rule each, and the products' types."""
+"""fl.check for TensorRT against its own parser and builder: small files, one rule each, and the products' types."""
 
 from __future__ import annotations
 

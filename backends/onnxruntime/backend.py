@@ -10,17 +10,19 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from ...graph.errors import BackendError
+from ...graph.errors import BackendError, ConfigError
 from ...graph.execute import synthesize_inputs
 from ...graph.ir import Graph
 from ...graph.save import save
 from ...passes.quantize.spec import BackendSpec
 from ..base import Artifact, Backend, Diagnostic
+from ..rules import OnnxFile
 from .artifact import OnnxRuntimeArtifact
 from .host import cpu_target
 from .node_times import node_times
-from .rules import check_graph
+from .rules import check_file, check_graph
 from .session import INLINE_LIMIT, open_session, providers, readable, weight_bytes
+from .tune import tune
 
 SPECS = Path(__file__).parent / "specs"
 
@@ -38,6 +40,12 @@ class _OnnxRuntime(Backend):
     def check(self, graph: Graph) -> list[Diagnostic]:
         spec = self.spec
         return [] if spec is None else check_graph(graph, spec)
+
+    def check_file(self, file: OnnxFile, **options: Any) -> list[Diagnostic]:
+        """See :meth:`Backend.check_file`; the CPU is in the target's name, so there are no options."""
+        if options:
+            raise ConfigError("this target has no options", node=sorted(options)[0], hint="the target's name tells all")
+        return [] if self.spec is None else check_file(file, self.spec.name)
 
     def lower(
         self,
@@ -61,6 +69,7 @@ class _OnnxRuntime(Backend):
         """
         names = providers(self.kind)
         model, notes = onnx_model(graph)
+        tune(model)
         readable(model)
         folder: Any = None
         target = None if path is None else Path(path)

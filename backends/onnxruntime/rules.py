@@ -1,181 +1,266 @@
-"""Static rules for quantized graphs on ONNX Runtime's CPU provider: what it miscompiles, leaves in float, or slows."""
+"""Rules for ONNX Runtime's CPU provider on quantized files: what it miscompiles, leaves in float, or slows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from ...graph.ir import Graph, Node, Value
-from ...passes.quantize.placement import output_axis, result
-from ...passes.quantize.spec import BackendSpec, OpPlacement
+from ...graph.ir import Graph
+from ...passes.quantize.spec import BackendSpec
 from ..base import Diagnostic
+from ..rules.onnx_file import OnnxFile, name_of
+from ..rules.qdq import PRODUCTS, Q, dequantizer, is_op, pairs, readers, stored
+from ..rules.rule import Finder, Hit, Rule, Where, run_rules
+from .flow import Fusion, bias_scale_fits, fusion, wrong_axis
+from .rules_cuda import RULES as CUDA_RULES
 
-Rule = Callable[[Node, OpPlacement, BackendSpec], Iterator[Diagnostic]]
-Found = Iterator[Diagnostic]
+JOINS = ("Add", "Mul", "Concat", "GlobalAveragePool", "AveragePool")
 
 
 def check_graph(graph: Graph, spec: BackendSpec) -> list[Diagnostic]:
-    """Every rule on every node that the spec would compute in integers; nothing is said about float graphs."""
-    found: list[Diagnostic] = []
-    for node in graph.nodes:
-        if node.op in ("quantize", "dequantize"):
-            found += _zero_point(node)
+    """The rules on the file that a graph would be lowered to."""
+    from .backend import onnx_model
+
+    if not any(node.op in ("quantize", "dequantize") for node in graph.nodes):
+        return []
+    model, _ = onnx_model(graph)
+    return _renamed(check_file(OnnxFile(model), spec.name), graph)
+
+
+def _renamed(found: list[Diagnostic], graph: Graph) -> list[Diagnostic]:
+    """The exporter calls a node ``node_conv2d`` where the graph says ``conv2d``."""
+    own = {node.name for node in graph.nodes}
+    names = {d.node: d.node.removeprefix("node_") for d in found if d.node not in own}
+    return [replace(d, node=names[d.node]) if names.get(d.node) in own else d for d in found]
+
+
+def check_file(file: OnnxFile, target: str = "onnxruntime-cpu") -> list[Diagnostic]:
+    """The rules on a file. ``target`` tells the provider and the instruction set (``onnxruntime-cpu-avx2``)."""
+    if "cuda" in target:
+        return run_rules(CUDA_RULES, Where(file))
+    return run_rules(RULES, Where(file, {"arm": "arm" in target, "vnni": "avx2" not in target}))
+
+
+def _products(where: Where, *reasons: str) -> Iterator[tuple[str, Fusion]]:
+    for node in where.file.of(*PRODUCTS):
+        found = fusion(where.file, node, bool(where.options.get("arm")))
+        if found is not None and found.reason in reasons:
+            yield name_of(node), found
+
+
+def _said(*reasons: str) -> Finder:
+    def find(where: Where) -> Iterator[Hit]:
+        for name, found in _products(where, *reasons):
+            yield name, found.details
+
+    return find
+
+
+def _weight_axis(where: Where) -> Iterator[Hit]:
+    for node in where.file.of(*PRODUCTS):
+        found = fusion(where.file, node, bool(where.options.get("arm")))
+        axis = None if found is None or found.w is None else wrong_axis(where.file, node, found.w)
+        if axis is not None and found is not None and found.x is not None:
+            yield name_of(node), f"they lie on axis {axis}"
+
+
+def _bias_scale(where: Where) -> Iterator[Hit]:
+    for node in where.file.of("Gemm"):
+        found = fusion(where.file, node, bool(where.options.get("arm")))
+        bias = dequantizer(where.file, node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is None or found is None or not found.integer or found.x is None or found.w is None:
             continue
-        placement, _ = spec.placement(node)
-        if placement is None or placement.role != "anchor":
+        if not bias_scale_fits(bias, found.x, found.w):
+            yield name_of(node), "the kernel ignores it"
+
+
+def _unsigned_weights(where: Where) -> Iterator[Hit]:
+    if where.options.get("arm"):
+        return
+    for name, found in _products(where, ""):
+        if found.w is not None and found.x is not None and found.w.dtype == "uint8" and stored(where.file, found.w):
+            yield name, "its weight is uint8"
+
+
+def _saturation(where: Where) -> Iterator[Hit]:
+    if where.options.get("vnni", True) or where.options.get("arm"):
+        return
+    for name, found in _products(where, ""):
+        data = None if found.w is None or found.x is None else where.file.const(found.w.data)
+        if data is None or data.dtype != np.int8:
             continue
-        for rule in ANCHOR_RULES:
-            found += rule(node, placement, spec)
-    return found
+        peak = int(np.abs(data.astype(np.int16)).max(initial=0))
+        if peak > 64:
+            yield name, f"its weights reach {peak}"
 
 
-def dequantized(value: Value | None) -> Node | None:
-    """The dequantize node behind an operand, if any."""
-    node = None if value is None else value.producer
-    return node if node is not None and node.op == "dequantize" else None
+def _zero_point(where: Where) -> Iterator[Hit]:
+    for pair in pairs(where.file):
+        if pair.zero is None and pair.quantizes and pair.dtype == "uint8":
+            yield pair.name, "the type is then uint8"
 
 
-def _stored_dtype(dq: Node) -> str:
-    stored = dq.inputs[0]
-    return "" if stored is None else stored.dtype
+def _joins(where: Where) -> Iterator[Hit]:
+    """Sums and pools of dequantized values whose result nobody quantizes, or something reads past the Q."""
+    for node in where.file.of(*JOINS):
+        moving = [v for v in node.inputs if v is not None and not where.file.is_static(v)]
+        parts = [dequantizer(where.file, v) for v in moving]
+        if not moving or len(moving) != len([v for v in node.inputs if v is not None]) or None in parts:
+            continue
+        if any(p is not None and stored(where.file, p) for p in parts):
+            continue
+        result = node.outputs[0]
+        users = readers(result)
+        if any(is_op(n, Q) for n in users):
+            past = [name_of(n) for n in users if not is_op(n, Q)]
+            if past or result.is_graph_output():
+                yield (
+                    name_of(node),
+                    f"{past[0] if past else 'the graph output'} reads its result past the QuantizeLinear",
+                )
 
 
-def _quantized(node: Node, rule: OpPlacement) -> tuple[Node | None, Node | None]:
-    """Dequantize nodes of the activation and of the weight."""
-    return dequantized(node.input((rule.data or (0,))[0])), dequantized(node.input(rule.weight or 1))
-
-
-def activation_type(node: Node, rule: OpPlacement, spec: BackendSpec) -> Found:
-    """int8 activations: most kernels exist, but few patterns fuse, and they run slower than float."""
-    x, w = _quantized(node, rule)
-    if x is not None and w is not None and _stored_dtype(x) != spec.activations.dtype:
-        yield Diagnostic(
-            "activation-type",
-            "warning",
-            node.name,
-            f"activations are {_stored_dtype(x)}; this target is fast with {spec.activations.dtype} only",
-            f"quantize activations as asymmetric {spec.activations.dtype} (P.Quantize(target={spec.name!r}))",
-        )
-
-
-def weight_type(node: Node, rule: OpPlacement, spec: BackendSpec) -> Found:
-    """uint8 weights with uint8 activations run at half the speed of int8 weights."""
-    x, w = _quantized(node, rule)
-    if x is not None and w is not None and _stored_dtype(w) != spec.weights.dtype:
-        yield Diagnostic(
-            "weight-type",
-            "warning",
-            node.name,
-            f"weights are {_stored_dtype(w)}; {spec.weights.dtype} ones are twice as fast",
-            f"store weights as symmetric {spec.weights.dtype}",
-        )
-
-
-def weight_axis(node: Node, rule: OpPlacement, spec: BackendSpec) -> Found:
-    """A per-channel scale off the output-channel axis: wrong results without a word when the weight is square."""
-    _, w = _quantized(node, rule)
-    if w is None:
-        return
-    axis, scale = w.attrs.get("axis"), w.inputs[1]
-    wanted = output_axis(node)
-    if axis is None or axis == wanted or scale is None or (scale.hint is not None and int(np.prod(scale.hint)) == 1):
-        return
-    yield Diagnostic(
-        "weight-axis",
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "float8",
         "error",
-        node.name,
-        f"the weight's scales lie on axis {axis}; the kernel reads them as scales of output channels (axis {wanted})",
-        f"quantize the weight along axis {wanted}",
-    )
-
-
-def input_missing(node: Node, rule: OpPlacement, spec: BackendSpec) -> Found:
-    """A quantized weight under a float activation is dequantized in every run."""
-    x, w = _quantized(node, rule)
-    if w is not None and x is None:
-        yield Diagnostic(
-            "input-q",
-            "warning",
-            node.name,
-            "the weight is quantized and the activation is not: it computes in float, dequantizing first",
-            "quantize the activation too, or keep the weight in float",
-        )
-
-
-def output_missing(node: Node, rule: OpPlacement, spec: BackendSpec) -> Found:
-    """A convolution without Q on its output stays a float convolution between DQ nodes."""
-    x, w = _quantized(node, rule)
-    if rule.output != "required" or x is None or w is None:
-        return
-    end = result(node, rule)
-    readers = [user for user, _ in end.uses]
-    pairs = [user for user in readers if user.op == "quantize"]
-    if not pairs:
-        yield Diagnostic(
-            "output-q",
-            "warning",
-            node.name,
-            "no QuantizeLinear reads its result, so it is not fused into an integer kernel",
-            "insert a Q/DQ pair on its output",
-        )
-    elif len(readers) > len(pairs) or end.is_output:
-        others = [user.name for user in readers if user.op != "quantize"] or ["a graph output"]
-        yield Diagnostic(
-            "fan-out",
-            "warning",
-            node.name,
-            f"{', '.join(others[:3])} reads its result past the QuantizeLinear, which prevents the integer kernel",
-            "let every consumer read the DequantizeLinear",
-        )
-
-
-def bias_type(node: Node, rule: OpPlacement, spec: BackendSpec) -> Found:
-    """The kernel adds an int32 bias on the accumulator's scale; any other bias prevents it or is read wrongly."""
-    x, w = _quantized(node, rule)
-    bias = node.input(rule.bias) if rule.bias is not None else None
-    if bias is None or rule.bias_dtype != "int32" or x is None or w is None:
-        return
-    dq = dequantized(bias)
-    if dq is None or _stored_dtype(dq) != "int32":
-        yield Diagnostic(
-            "bias-type",
-            "warning",
-            node.name,
-            "its bias is not int32, so it is not fused into an integer kernel",
-            "store it as int32 with scale = activation scale times weight scale",
-        )
-        return
-    scales = [v.const() if v is not None else None for v in (x.inputs[1], w.inputs[1], dq.inputs[1])]
-    if any(s is None for s in scales):
-        return
-    xs, ws, bs = (np.asarray(s, np.float64).reshape(-1) for s in scales)
-    if not np.allclose(bs, xs * ws, rtol=1e-3):
-        yield Diagnostic(
-            "bias-scale",
-            "error",
-            node.name,
-            "the bias scale is not activation scale times weight scale; the kernel ignores it and assumes that",
-            "requantize the bias with that scale",
-        )
-
-
-def _zero_point(node: Node) -> Found:
-    if node.input(2) is None:
-        yield Diagnostic(
-            "zero-point",
-            "warning",
-            node.name,
-            f"{node.op} has no zero point: the type defaults to uint8 and the fusions look for one",
-            "write the zero point, also where it is 0",
-        )
-
-
-ANCHOR_RULES: tuple[Rule, ...] = (
-    activation_type,
-    weight_type,
-    weight_axis,
-    input_missing,
-    output_missing,
-    bias_type,
+        "float8 around a product makes ONNX Runtime build an invalid graph, which it refuses",
+        "use uint8 activations and int8 weights",
+        _said("float8"),
+    ),
+    Rule(
+        "weight-axis",
+        "silently wrong",
+        "scales off the output channels are read as scales of output channels",
+        "quantize the weight per output channel",
+        _weight_axis,
+        "weight_axis",
+    ),
+    Rule(
+        "bias-scale",
+        "silently wrong",
+        "a Gemm's bias must have activation scale times weight scale",
+        "requantize the bias with that scale",
+        _bias_scale,
+        "bias_scale",
+    ),
+    Rule(
+        "saturation",
+        "silently wrong",
+        "without VNNI, products of uint8 and int8 are added in 16 bits, which saturates beyond 7-bit weights",
+        "quantize weights to -64..64 (target onnxruntime-cpu-avx2)",
+        _saturation,
+    ),
+    Rule(
+        "weight-float",
+        "inaccurate",
+        "a float weight under a quantized activation",
+        "quantize the weight per output channel",
+        _said("weight-float"),
+        "quantize_weights",
+    ),
+    Rule(
+        "activation-type",
+        "slow",
+        "int8 activations become uint8 where one node reads them; elsewhere the product stays in float (x86)",
+        "quantize activations as asymmetric uint8",
+        _said("int8"),
+        "uint8",
+    ),
+    Rule(
+        "input-q",
+        "slow",
+        "a product computes in float unless activation and weight are quantized",
+        "quantize both, or neither",
+        _said("input"),
+    ),
+    Rule(
+        "output-q",
+        "slow",
+        "a convolution without a Q on its result is not fused into an integer kernel",
+        "insert a Q/DQ pair on its result",
+        _said("output-q"),
+    ),
+    Rule(
+        "fan-out",
+        "slow",
+        "a result that something reads past its QuantizeLinear is not fused into an integer kernel",
+        "let every reader take the dequantized value",
+        _said("fan-out"),
+        "single_reader",
+    ),
+    Rule(
+        "relu-zero-point",
+        "slow",
+        "Relu or Clip between a product and its Q stays, and keeps it in float, unless the integers cut alike",
+        "quantize its result asymmetrically, so that the least integer stands for 0",
+        _said("relu"),
+        "uint8",
+    ),
+    Rule("bias-type", "slow", "the bias keeps the product in float", "store it as int32", _said("bias"), "int32_bias"),
+    Rule(
+        "bias-scale-conv",
+        "slow",
+        "a convolution's int32 bias off the accumulator's scale keeps it in float",
+        "requantize the bias with activation scale times weight scale",
+        _said("bias-scale"),
+        "bias_scale",
+    ),
+    Rule(
+        "activation-axis",
+        "slow",
+        "an activation with a scale per channel keeps the product in float",
+        "one scale per activation",
+        _said("activation-axis"),
+        "per_tensor",
+    ),
+    Rule(
+        "dynamic-scale",
+        "slow",
+        "a scale computed at run time keeps a product with a bias in float",
+        "calibrate, and store the scale",
+        _said("dynamic"),
+    ),
+    Rule(
+        "type",
+        "slow",
+        "no integer kernel for these types; it dequantizes in every run",
+        "uint8 activations and int8 weights",
+        _said("type"),
+    ),
+    Rule("alpha", "slow", "a Gemm that scales stays in float", "fold alpha and beta into the weight", _said("alpha")),
+    Rule(
+        "transposed-conv",
+        "slow",
+        "a transposed convolution dequantizes in every run",
+        "keep it in float",
+        _said("transposed"),
+        "strip_float",
+    ),
+    Rule(
+        "weight-type",
+        "slow",
+        "uint8 weights run at half the speed of int8 ones (VNNI)",
+        "store weights as symmetric int8",
+        _unsigned_weights,
+    ),
+    Rule(
+        "join-fan-out",
+        "slow",
+        "a sum, concatenation or pool whose result is read past its Q stays in float",
+        "let every reader take the dequantized value",
+        _joins,
+        "single_reader",
+    ),
+    Rule(
+        "zero-point",
+        "slow",
+        "a QuantizeLinear without zero point",
+        "write the zero point, also where it is 0",
+        _zero_point,
+        "zero_points",
+        severity="info",
+    ),
 )

@@ -1,4 +1,4 @@
-"""A rule of `fl.check` as data: its identifier, consequence, words and fix, and the function that finds where it fires."""
+"""A rule of `fl.check` as data: identifier, consequence, words, fix, and the function that finds where it fires."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..rules.onnx_file import OnnxFile, attribute
-from ..rules.qdq import DQ, Pair, dequantizer, is_op, same_scale, stored, weight_axis
+from ..rules.qdq import DQ, Pair, dequantizer, is_op, same_scale, weight_axis
 
 CROSSED = frozenset(
     "Identity Dropout Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Gather Expand Tile MaxPool GlobalMaxPool "

@@ -1,4 +1,4 @@
-"""Operators that TensorRT does not import: what the parser of TensorRT-RTX 1.7 said when asked for each ONNX operator."""
+"""Operators that TensorRT does not import: what the parser of TensorRT-RTX 1.7 says to each ONNX operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules for TensorRT on what builds and then computes in float, moves more memory than need be, or rounds for nothing."""
+"""Rules for TensorRT on what builds, and then computes in float, moves more memory or rounds for nothing."""
 
 from __future__ import annotations
 
