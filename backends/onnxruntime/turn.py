@@ -84,9 +84,6 @@ def _drop(graph: ir.Graph, value: ir.Value) -> None:
     operands = [v for v in node.inputs if v is not None]
     graph.remove(node, safe=True)
     for operand in operands:
-        if (
-            not operand.uses()
-            and not operand.is_graph_output()
-            and graph.initializers.get(operand.name or "") is operand
-        ):
+        name = operand.name or ""
+        if not operand.uses() and not operand.is_graph_output() and graph.initializers.get(name) is operand:
             del graph.initializers[name]
