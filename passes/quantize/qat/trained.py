@@ -61,17 +61,19 @@ def take_out(graph: Graph) -> Trained:
         raise ConstraintError(
             "nothing in this model is fake-quantized", node=graph.name, expected="the trained model of P.qat(...)"
         )
+    taken = [(node.inputs[0], _grid(graph, node), node.name) for node in nodes]
     for node in nodes:
         x = node.inputs[0]
         assert x is not None
-        grid = _grid(graph, node)
-        store, name = (found.values, x.name) if x.weight is None else (found.weights, x.weight.name)
-        if name in store and not _same(store[name], grid):
-            raise ConstraintError("one tensor is fake-quantized in two ways", node=node.name, value=name)
-        store[name] = grid
         graph.replace_uses(node.output, x)
         graph.erase(node)
     _sweep(graph)
+    for value, grid, label in taken:  # only now: a value that became a graph output has taken its name
+        assert value is not None
+        store, name = (found.values, value.name) if value.weight is None else (found.weights, value.weight.name)
+        if name in store and not _same(store[name], grid):
+            raise ConstraintError("one tensor is fake-quantized in two ways", node=label, value=name)
+        store[name] = grid
     return found
 
 
