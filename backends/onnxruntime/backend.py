@@ -105,14 +105,18 @@ class _OnnxRuntime(Backend):
 
 def onnx_model(graph: Graph) -> tuple[ir.Model, list[str]]:
     """The graph as an onnx_ir model of its own, whichever front end it has, and notes on what changed on the way."""
+    notes: list[str] = []
     if graph.kind == "fx":
         from .export import export
 
-        return export(graph)
-    if graph.kind != "onnx":
+        model, notes = export(graph)
+    elif graph.kind == "onnx":
+        found = graph.to_model()
+        model = found.clone() if isinstance(found, ir.Model) else ir.serde.deserialize_model(found)
+    else:
         raise BackendError("only torch and ONNX graphs can be lowered", node=graph.name, found=type(graph).__name__)
-    model = graph.to_model()
-    return (model.clone() if isinstance(model, ir.Model) else ir.serde.deserialize_model(model)), []
+    tune(model)
+    return model, notes
 
 
 def _arguments(graph: Graph, example_inputs: Any) -> dict[str, np.ndarray] | None:

@@ -95,7 +95,7 @@ class Executor:
             return k.qlinear_mul(*operands, grid)
         if node.op == "concat":
             return k.qlinear_concat(operands, grid, node.attrs["axis"])
-        if node.op == "adaptive_avg_pool":
+        if node.op in ("adaptive_avg_pool", "mean"):
             return k.qlinear_global_average_pool(operands[0], grid)
         if node.op == "avg_pool":
             return k.qlinear_average_pool(

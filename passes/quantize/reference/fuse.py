@@ -23,6 +23,7 @@ SIDES = {
     "leaky_relu": (0,),
     "avg_pool": (0,),
     "adaptive_avg_pool": (0,),
+    "mean": (0,),
 }
 """Canonical op -> the operands that must come out of a dequantize node per tensor; concat: all."""
 FLOAT_RESULT = ("linear", "matmul")
@@ -63,7 +64,9 @@ NAMES = {
     "leaky_relu": "QLinearLeakyRelu",
     "avg_pool": "QLinearAveragePool",
     "adaptive_avg_pool": "QLinearGlobalAveragePool",
+    "mean": "QLinearGlobalAveragePool",
 }
+"""Canonical op -> operator; a mean over the spatial axes is a global pool in what foldline lowers."""
 
 
 def find_kernels(graph: Graph) -> dict[str, Kernel]:
@@ -153,7 +156,11 @@ def _fits(node: Node) -> bool:
         return not node.attrs.get("ceil") and all(d == 1 for d in node.attrs.get("dilation") or ())
     if node.op == "adaptive_avg_pool":
         return all(size == 1 for size in node.attrs.get("output_size") or (0,))
-    return node.attrs.get("alpha", 1) in (1, None) or node.op not in ("add",)
+    if node.op == "mean":
+        x = node.inputs[0]
+        spatial = x is not None and x.rank is not None and sorted(node.attrs["axes"]) == [*range(2, x.rank)]
+        return spatial and bool(node.attrs.get("keepdims"))
+    return node.op != "add" or node.attrs.get("alpha", 1) in (1, None)
 
 
 def _bias_addition(node: Node) -> Node | None:

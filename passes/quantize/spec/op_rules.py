@@ -104,6 +104,8 @@ class OpPlacement:
         if key == "depthwise":
             groups = node.attrs.get("groups", 1)
             return shape is not None and groups > 1 and groups == channels(node, shape)[0]
+        if key == "spatial":  # a reduction over exactly the axes behind the second
+            return x is not None and x.rank is not None and sorted(node.attrs.get("axes") or ()) == [*range(2, x.rank)]
         return node.attrs.get(key)
 
 
