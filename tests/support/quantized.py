@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from foldline.graph.ir import Graph
-from foldline.passes.quantize.sensitivity.layers import layers, with_bits
-from foldline.passes.quantize.spec.formats import TensorFormat
+from foldline.passes.quantize.choices import narrowed
+from foldline.passes.quantize.sensitivity.layers import layers
+from foldline.passes.quantize.spec import TensorFormat
 
 WEIGHTS = TensorFormat("int8", symmetric=True, granularity="out_channel")
+
+STORED = ("int2", "int4", "int16")
 
 
 def weights_as_integers(graph: Graph, bits: int, form: TensorFormat = WEIGHTS) -> Graph:
     """A copy whose layers read dequantized integers, rounded to the nearest; activations and biases stay float."""
     copy = graph.clone()
     for layer in layers(copy):
-        params = layer.params(with_bits(form, bits))
+        params = layer.params(narrowed(form, bits, STORED))
         name = layer.weight.name
         stored = copy.add_weight(f"{name}_quantized", params.quantize(layer.data()))
         scale = copy.add_weight(f"{name}_scale", params.scale)

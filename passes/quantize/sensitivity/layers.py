@@ -1,4 +1,4 @@
-"""What can be given bits of its own: the stored weights of a graph's layers, with formats of any width."""
+"""What can be given bits of its own: the stored weights of a graph's layers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ....graph.errors import ConstraintError
 from ....graph.ir import Graph, Node, Value, Weight
+from ..bits.costs import stored_bytes
 from ..numerics import QuantParams, weight_params
-from ..spec.formats import BITS, LIMITS, TensorFormat
+from ..spec import TensorFormat
 
 OPS = ("conv", "linear", "matmul")
 
@@ -45,22 +45,9 @@ class Layer:
         """The weight rounded to the nearest points of its grid, float32."""
         return np.asarray(self.params(form).apply(self.data()), dtype=np.float32)
 
-    def bytes(self, form: TensorFormat) -> float:
-        """Bytes as stored: the bits that the integers need, packed, and the scales (no zero points if symmetric)."""
-        scales = self.scales(form)
-        width = 4 if form.scale_dtype == "float32" else 1 if form.scale_dtype.startswith("float8") else 2
-        return self.weight.size * form.bits / 8 + scales * (width + (0 if form.symmetric else form.bits / 8))
-
-    def scales(self, form: TensorFormat) -> int:
-        """How many scales a format takes."""
-        shape = self.weight.shape
-        if form.granularity == "tensor":
-            return 1
-        if form.granularity == "out_channel":
-            return shape[self.axis]
-        if form.granularity == "in_channel":
-            return shape[self.in_axis]
-        return self.weight.size // shape[self.in_axis] * -(-shape[self.in_axis] // form.block)
+    def bytes(self, form: TensorFormat, packed: bool = True) -> float:
+        """Bytes as stored, scales included."""
+        return stored_bytes(self.weight.shape, self.axis, self.in_axis, form, packed)
 
 
 def layers(graph: Graph, only: set[str] | None = None) -> list[Layer]:
@@ -89,37 +76,3 @@ def _axes(node: Node, weight: Weight) -> tuple[int, int]:
     if node.op == "matmul":
         return last, last - 1
     return (1, 0) if node.attrs.get("transposed_weight") else (0, 1)
-
-
-def with_bits(form: TensorFormat, bits: int) -> TensorFormat:
-    """The same format with another width: the narrowest integer type that holds it, its range cut where it is wider.
-
-    Symmetric weights of fewer than 8 bits use all their integers, -2^(b-1) .. 2^(b-1) - 1, with the scale fitted to the
-    larger positive side. Signedness stays.
-
-    Raises:
-        ConstraintError: no integer type holds so many bits, or the format is floating.
-    """
-    signed = form.dtype.startswith("int")
-    names = [n for n in ("int2", "int4", "int8", "int16") if LIMITS[n][1] - LIMITS[n][0] >= 2**bits - 1]
-    if form.is_float or bits < 2 or not names:
-        raise ConstraintError(
-            "no integer type of this width", node="bits", expected="2 to 16 bits of an integer type",
-            found=f"{bits} bits of {form.dtype}",
-        )  # fmt: skip
-    if bits == form.bits:
-        return form
-    # A type that the target does not compute in must not be chosen for it: only the stored range narrows.
-    name = names[0] if signed else f"u{names[0]}"
-    wide = BITS[form.dtype] >= bits and form.dtype in ("int8", "uint8")
-    name = form.dtype if wide else name
-    span = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    whole = LIMITS[name] == span
-    return TensorFormat(
-        dtype=name,  # type: ignore[arg-type]
-        symmetric=form.symmetric,
-        granularity=form.granularity,
-        block=form.block,
-        range=None if whole else span,
-        scale_dtype=form.scale_dtype,
-    )
