@@ -50,15 +50,21 @@ def substitute(module: fx.GraphModule, found: Plan) -> None:
 
     native = module.graph
     named = {n.name: n for n in native.nodes}
+    original = set(named)
     for s in found.substitutions:
         target = named[s.result.native.name]
         overload = getattr(torch.ops.foldline, s.op).default
         with native.inserting_before(target):
             args = tuple(_argument(module, named, f"{s.node.name}_{s.op}_{i}", a) for i, a in enumerate(s.args))
             made = native.call_function(overload, args)
-            made.meta["stands_for"] = s.node.name
             if not s.native:
                 made = native.call_function(torch.ops.aten.to.dtype, (made, _dtype(s.result.dtype)))
+        written = [made]
+        while written:  # times are told under the node that these calls stand for
+            call = written.pop()
+            if call.op == "call_function" and call.name not in original and "stands_for" not in call.meta:
+                call.meta["stands_for"] = s.node.name
+                written += call.all_input_nodes
         target.replace_all_uses_with(made)
         named[target.name] = made
     native.eliminate_dead_code()

@@ -18,50 +18,60 @@ def power_of_two(d):
 
 @triton.jit
 def mantissa_exponent(x):
-    """e^x = m * 2^n with n = round(x / ln 2) and m in [0.70, 1.42]; -inf gives m = 0 with the lowest n.
+    """(present, e, n) with exp(x) = (present + e) * 2^n, n whole, present 1 and e in [-0.30, 0.42]; -inf gives zeros.
 
     The remainder r = x - n ln 2 is taken in two steps, of which the first is exact (a product of few bits within a
-    fused multiply-add), and e^r is a polynomial of degree 7: about one unit in the last place, where the hardware's
-    exponential has two. Finite values are clamped to 2^23 in size; beyond that n would be no whole number any more.
+    fused multiply-add); e = exp(r) - 1 is a polynomial of degree 7, kept apart from the 1, next to which half of its
+    digits would be lost. Finite values are clamped to 2^23 in size; beyond that n would be no whole number any more.
     """
     v = tl.where(x == x, tl.minimum(tl.maximum(x, -8388608.0), 8388608.0), x)
     n = tl.floor(v * 1.4426950408889634 + 0.5)
     r = tl.fma(n, tl.full(x.shape, -0.693145751953125, tl.float32), v)
     r = tl.fma(n, tl.full(x.shape, -1.4286068203094173e-06, tl.float32), r)
-    m = tl.full(x.shape, 0.0001984126984126984, tl.float32)
-    m = tl.fma(m, r, tl.full(x.shape, 0.001388888888888889, tl.float32))
-    m = tl.fma(m, r, tl.full(x.shape, 0.008333333333333333, tl.float32))
-    m = tl.fma(m, r, tl.full(x.shape, 0.041666666666666664, tl.float32))
-    m = tl.fma(m, r, tl.full(x.shape, 0.16666666666666666, tl.float32))
-    m = tl.fma(m, r, tl.full(x.shape, 0.5, tl.float32))
-    m = tl.fma(m, r, tl.full(x.shape, 1.0, tl.float32))
-    m = tl.fma(m, r, tl.full(x.shape, 1.0, tl.float32))
-    m = tl.where(x == float("inf"), float("nan"), m)
+    p = tl.full(x.shape, 0.0001984126984126984, tl.float32)
+    p = tl.fma(p, r, tl.full(x.shape, 0.001388888888888889, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 0.008333333333333333, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 0.041666666666666664, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 0.16666666666666666, tl.float32))
+    p = tl.fma(p, r, tl.full(x.shape, 0.5, tl.float32))
+    e = tl.fma(r * r, p, r)
+    e = tl.where(x == float("inf"), float("nan"), e)
     empty = x == float("-inf")
-    return tl.where(empty, 0.0, m), tl.where(empty, -1073741824.0, n)
+    return tl.where(empty, 0.0, 1.0), tl.where(empty, 0.0, e), tl.where(empty, -1073741824.0, n)
 
 
 @triton.jit
 def two_pass_softmax_kernel(x, out, COLUMNS, stride_x, stride_out, BLOCK: tl.constexpr):
-    """One row. Pass 1 sums (m, n) pairs per lane and then over lanes; pass 2 writes m / M * 2^(n - N)."""
+    """One row. Pass 1 sums ones and remainders apart, per lane and then over lanes; pass 2 writes the quotients."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    m_sum = tl.zeros((BLOCK,), dtype=tl.float32)
-    n_sum = tl.full((BLOCK,), -1073741824.0, tl.float32)
+    ones = tl.zeros((BLOCK,), dtype=tl.float32)
+    rest = tl.zeros((BLOCK,), dtype=tl.float32)
+    highest = tl.full((BLOCK,), -1073741824.0, tl.float32)
     for at in range(0, COLUMNS, BLOCK):
         inside = at + lane < COLUMNS
         v = tl.load(x + row * stride_x + at + lane, mask=inside, other=float("-inf")).to(tl.float32)
-        m, n = mantissa_exponent(v)
-        top = tl.maximum(n, n_sum)
-        m_sum = m_sum * power_of_two(n_sum - top) + m * power_of_two(n - top)
-        n_sum = top
-    n_all = tl.max(n_sum, axis=0)
-    m_all = tl.sum(m_sum * power_of_two(n_sum - n_all), axis=0)
+        one, e, n = mantissa_exponent(v)
+        top = tl.maximum(n, highest)
+        old, new = power_of_two(highest - top), power_of_two(n - top)
+        ones = ones * old + one * new
+        rest = rest * old + e * new
+        highest = top
+    n_all = tl.max(highest, axis=0)
+    factor = power_of_two(highest - n_all)
+    # Once per row in float64, as a float32 and what it leaves out: rounding the ones' sum is the largest error else.
+    exact = tl.sum((ones * factor).to(tl.float64) + (rest * factor).to(tl.float64), axis=0)
+    total = exact.to(tl.float32)
+    lost = (exact - total.to(tl.float64)).to(tl.float32)
     for at in range(0, COLUMNS, BLOCK):
         inside = at + lane < COLUMNS
         v = tl.load(x + row * stride_x + at + lane, mask=inside, other=float("-inf")).to(tl.float32)
-        m, n = mantissa_exponent(v)
-        y = tl.div_rn(m, m_all + tl.zeros_like(m)) * power_of_two(n - n_all)
+        one, e, n = mantissa_exponent(v)
+        m = one + e
+        q = tl.div_rn(m, total + tl.zeros_like(m))
+        # One step of correction: what rounding took from numerator, denominator and quotient.
+        missing = tl.fma(-q, total + tl.zeros_like(q), m) + (e - (m - one)) - q * lost
+        y = (q + tl.div_rn(missing, total + tl.zeros_like(q))) * power_of_two(n - n_all)
         tl.store(out + row * stride_out + at + lane, y.to(out.dtype.element_ty), mask=inside)
 
 

@@ -25,18 +25,21 @@ def decode_binary(codes: torch.Tensor, alphas: torch.Tensor, k: int, group: int)
     return ((signs.to(torch.float32) * 2 - 1) * spread).sum(0)
 
 
-def _fake(
-    x: torch.Tensor, codes: torch.Tensor, alphas: torch.Tensor, bias: torch.Tensor | None, group: int
-) -> torch.Tensor:
+def _check(x: torch.Tensor, codes: torch.Tensor, alphas: torch.Tensor, bias: torch.Tensor | None, group: int) -> None:
     k = x.shape[-1]
     expect(codes.ndim == 3 and codes.dtype == torch.uint8, "codes must be uint8 [q, N, K / 8]")
     expect(codes.shape[2] == -(-k // 8), f"codes of {codes.shape[2]} bytes do not fit {k} inputs")
     expect(group > 0 and group % 8 == 0, "a group is a multiple of 8 inputs")
     expect(alphas.shape == (*codes.shape[:2], -(-k // group)), "alphas must be [q, N, ceil(K / group)]")
+
+
+def _fake(
+    x: torch.Tensor, codes: torch.Tensor, alphas: torch.Tensor, bias: torch.Tensor | None, group: int
+) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[1]))
 
 
-@operator("binary_linear", _fake)
+@operator("binary_linear", _check, _fake)
 def binary_linear(
     x: torch.Tensor, codes: torch.Tensor, alphas: torch.Tensor, bias: torch.Tensor | None, group: int
 ) -> torch.Tensor:

@@ -10,6 +10,21 @@ LIMIT = 448.0
 """Largest finite float8_e4m3fn."""
 
 
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    fp8 = torch.float8_e4m3fn
+    expect(x.dtype == fp8 and weight.dtype == fp8, "fp8_linear takes float8_e4m3fn operands")
+    expect(weight.ndim == 2 and x.shape[-1] == weight.shape[1], f"x {tuple(x.shape)} does not fit the weight")
+    known_activation(activation)
+
+
 def _fake(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -19,14 +34,10 @@ def _fake(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    fp8 = torch.float8_e4m3fn
-    expect(x.dtype == fp8 and weight.dtype == fp8, "fp8_linear takes float8_e4m3fn operands")
-    expect(weight.ndim == 2 and x.shape[-1] == weight.shape[1], f"x {tuple(x.shape)} does not fit the weight")
-    known_activation(activation)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
-@operator("fp8_linear", _fake)
+@operator("fp8_linear", _check, _fake)
 def fp8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -64,7 +75,7 @@ def fp8_linear(
     if single:
         sa, sb = x_scale.reshape(()), weight_scale.reshape(())
     else:
-        sa = x_scale.reshape(-1, 1).expand(m, 1).contiguous()
+        sa = x_scale.reshape(-1, 1).repeat(m // x_scale.numel(), 1)
         sb = weight_scale.reshape(1, -1).expand(1, n)
         sb = torch.nn.functional.pad(sb, (0, b.shape[0] - n), value=1.0).contiguous()
     dtype = out_dtype if single else torch.bfloat16

@@ -24,6 +24,23 @@ def unpack_int4(packed: torch.Tensor, k: int) -> torch.Tensor:
     return torch.stack((chunks & 15, chunks >> 4), dim=2).reshape(packed.shape[0], -1)[:, :k]
 
 
+def _check(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: int,
+    activation: str,
+) -> None:
+    k = x.shape[-1]
+    expect(x.is_floating_point() and packed.dtype == torch.uint8, "int4_linear takes float x and uint8 packed weights")
+    expect(packed.ndim == 2 and packed.shape[1] == -(-k // CHUNK) * (CHUNK // 2), "the packed weight does not fit x")
+    expect(group > 0 and scales.shape == (-(-k // group), packed.shape[0]), "scales must be [ceil(K / group), N]")
+    expect(zeros.shape == scales.shape, "zeros must have the shape of scales")
+    known_activation(activation)
+
+
 def _fake(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -33,16 +50,10 @@ def _fake(
     group: int,
     activation: str,
 ) -> torch.Tensor:
-    k = x.shape[-1]
-    expect(x.is_floating_point() and packed.dtype == torch.uint8, "int4_linear takes float x and uint8 packed weights")
-    expect(packed.ndim == 2 and packed.shape[1] == -(-k // CHUNK) * (CHUNK // 2), "the packed weight does not fit x")
-    expect(group > 0 and scales.shape == (-(-k // group), packed.shape[0]), "scales must be [ceil(K / group), N]")
-    expect(zeros.shape == scales.shape, "zeros must have the shape of scales")
-    known_activation(activation)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-@operator("int4_linear", _fake)
+@operator("int4_linear", _check, _fake)
 def int4_linear(
     x: torch.Tensor,
     packed: torch.Tensor,

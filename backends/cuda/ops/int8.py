@@ -7,6 +7,22 @@ import torch
 from .registry import activated, expect, known_activation, operator, rows_of
 
 
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    expect(x.dtype == torch.int8 and weight.dtype == torch.int8, "int8_linear takes int8 operands")
+    expect(weight.ndim == 2 and x.shape[-1] == weight.shape[1], f"x {tuple(x.shape)} does not fit the weight")
+    known_activation(activation)
+
+
 def _fake(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -18,14 +34,11 @@ def _fake(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    expect(x.dtype == torch.int8 and weight.dtype == torch.int8, "int8_linear takes int8 operands")
-    expect(weight.ndim == 2 and x.shape[-1] == weight.shape[1], f"x {tuple(x.shape)} does not fit the weight")
-    known_activation(activation)
     dtype = torch.int8 if out_scale is not None else out_dtype
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-@operator("int8_linear", _fake)
+@operator("int8_linear", _check, _fake)
 def int8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

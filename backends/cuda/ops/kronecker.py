@@ -10,17 +10,20 @@ LARGEST = 128
 """Largest side of a factor; FlatQuant's balanced factors of widths up to 16384 fit."""
 
 
-def _fake(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _check(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, levels: int) -> None:
     n1, n2 = left.shape[0], right.shape[0]
     expect(left.shape == (n1, n1) and right.shape == (n2, n2), "the factors must be square")
     expect(x.shape[-1] == n1 * n2, f"{x.shape[-1]} inputs are not {n1} x {n2}")
     expect(max(n1, n2) <= LARGEST, f"factors of {n1} and {n2}: at most {LARGEST}; choose more even ones")
     expect(1 <= levels <= 127, "levels lie in 1..127")
+
+
+def _fake(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), scale
 
 
-@operator("kronecker_quantize", _fake)
+@operator("kronecker_quantize", _check, _fake)
 def kronecker_quantize(
     x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, levels: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ NAMESPACE = "foldline"
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
-def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def operator(name: str, check: Callable[..., None], fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as ``torch.ops.foldline.<name>``.
 
     ``torch.export`` keeps the operator as one call. When the program is compiled, the function is traced: on CUDA
@@ -20,12 +21,23 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 
     Args:
         name: without the namespace.
-        fake: shapes and dtypes of the result, from the same arguments; also refuses operands that do not fit.
+        check: refuses arguments that do not fit, before anything runs or is traced.
+        fake: empty results of the right shapes and dtypes, from the same arguments.
     """
 
     def register(function: Callable[..., Any]) -> Any:
-        made = torch.library.triton_op(f"{NAMESPACE}::{name}", function, mutates_args=())
-        made.register_fake(fake)
+        @wraps(function)
+        def checked(*args: Any) -> Any:
+            check(*args)
+            return function(*args)
+
+        @wraps(fake)
+        def checked_fake(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
+
+        made = torch.library.triton_op(f"{NAMESPACE}::{name}", checked, mutates_args=())
+        made.register_fake(checked_fake)
         return made
 
     return register

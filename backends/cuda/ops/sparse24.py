@@ -55,6 +55,20 @@ def compress24(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, indices
 
 
+def _check(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    bias: torch.Tensor | None,
+    outputs: int,
+    activation: str,
+) -> None:
+    expect(x.dtype == values.dtype, "x and the weight must have one dtype")
+    expect(-(-x.shape[-1] // COLUMNS) * COLUMNS == values.shape[1] * 2, "the compressed weight does not fit x")
+    expect(values.shape[0] - ROWS < outputs <= values.shape[0], "outputs does not fit the compressed weight")
+    known_activation(activation)
+
+
 def _fake(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -63,14 +77,10 @@ def _fake(
     outputs: int,
     activation: str,
 ) -> torch.Tensor:
-    expect(x.dtype == values.dtype, "x and the weight must have one dtype")
-    expect(-(-x.shape[-1] // COLUMNS) * COLUMNS == values.shape[1] * 2, "the compressed weight does not fit x")
-    expect(values.shape[0] - ROWS < outputs <= values.shape[0], "outputs does not fit the compressed weight")
-    known_activation(activation)
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-@operator("sparse24_linear", _fake)
+@operator("sparse24_linear", _check, _fake)
 def sparse24_linear(
     x: torch.Tensor,
     values: torch.Tensor,
