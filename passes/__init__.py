@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .quantize.correct.bn_retune import BnRetune
     from .quantize.correct.norm_tweak import NormTweak
     from .quantize.finetune_quantized import FinetuneQuantized
+    from .quantize.keep_faster import KeepFaster
     from .quantize.qat.freeze_pass import FreezeQuantized
     from .quantize.qat.freezing import WeightFreezing
     from .quantize.qat.qat_pass import QuantizeAware
@@ -121,6 +122,7 @@ __all__ = [
     "InsertAdapter",
     "InsertDynamicChannelGate",
     "InsertLinearOp",
+    "KeepFaster",
     "Lower",
     "Materialise",
     "MergeAdapter",

@@ -24,6 +24,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "reinitialize": (".prune.reinitialize", "Reinitialize"),
     "prune_iteratively": (".prune.schedule", "PruneIteratively"),
     "quantize": (".quantize", "Quantize"),
+    "keep_faster": (".quantize.keep_faster", "KeepFaster"),
     "qat": (".quantize.qat.qat_pass", "QuantizeAware"),
     "freeze_quantized": (".quantize.qat.freeze_pass", "FreezeQuantized"),
     "weight_only": (".quantize.weight_only", "WeightOnly"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -98,17 +98,18 @@ class WeightOnly(Pass):
         decisions = [*tied, *decisions]
         grams = self._grams(graph, ctx, sites)
         encode = self.encoder()
+        encoded: dict[str, Encoded] = {}
+        for site in ctx.progress(sites, "quantizing weights"):
+            encoded[site.name] = encode(site, site.weight.numpy().astype(np.float32), grams.get(site.name))
+        encoded, tuning = self.tuned(graph, ctx, sites, encoded)
         writer = WeightWriter(graph, self.storage)
         layers: dict[str, dict[str, Any]] = {}
         before = after = 0
-        for site in ctx.progress(sites, "quantizing weights"):
+        for site in sites:
             float_bytes = site.weight.size * np.dtype(_numpy(site.weight.dtype)).itemsize
             stored = writer.emitter.bytes
-            weight = site.weight.numpy().astype(np.float32)
-            gram = grams.get(site.name)
-            encoded = encode(site, weight, gram)
-            facts = self._facts(site, weight, encoded, gram)
-            form, why = writer.write(site, encoded)
+            facts = self._facts(site, encoded[site.name], grams.get(site.name))
+            form, why = writer.write(site, encoded[site.name])
             facts |= {"form": form, "bytes": writer.emitter.bytes - stored, "float_bytes": float_bytes}
             before, after = before + float_bytes, after + facts["bytes"]
             layers[site.name] = facts
@@ -124,7 +125,14 @@ class WeightOnly(Pass):
             "float_bytes": before,
             "layers": layers,
         }
+        details |= tuning
         return Outcome(decisions=decisions, details=details)
+
+    def tuned(
+        self, graph: Graph, ctx: Context, sites: Sequence[WeightSite], encoded: dict[str, Encoded]
+    ) -> tuple[dict[str, Encoded], dict[str, Any]]:
+        """The encoded weights as they are to be written, and facts for the report."""
+        return encoded, {}
 
     def encoder(self) -> Callable[[WeightSite, np.ndarray, np.ndarray | None], Encoded]:
         """Site, weight and Gram matrix of its inputs (or None) -> the encoded weight."""
@@ -178,8 +186,8 @@ class WeightOnly(Pass):
                 found[site.name] = matrix
         return found
 
-    def _facts(self, site: WeightSite, weight: np.ndarray, encoded: Encoded, gram: np.ndarray | None) -> dict[str, Any]:
-        decoded = encoded.decode()
+    def _facts(self, site: WeightSite, encoded: Encoded, gram: np.ndarray | None) -> dict[str, Any]:
+        weight, decoded = site.weight.numpy().astype(np.float32), encoded.decode()
         facts: dict[str, Any] = {
             "weight": site.name,
             "format": type(encoded).__name__.removesuffix("Encoded").lower(),

@@ -66,7 +66,7 @@ class CompressWeights(Pass):
         budget = whole / self.ratio - archive.nbytes
         if not chosen or budget < HEADER * len(chosen):
             raise ConstraintError(
-                "the budget does not hold what is stored as it is", node="ratio", 
+                "the budget does not hold what is stored as it is", node="ratio",
                 expected=f"below {whole / archive.nbytes:.1f}",
                 found=self.ratio, hint="fold norms first, or lower `least`",
             )  # fmt: skip
@@ -125,7 +125,7 @@ class CompressWeights(Pass):
             coded = {}
             for weight in chosen:
                 layer = layers[weight.name]
-                step = float(np.float32(math.exp(float(layer.log_step)) * factor))
+                step = float(np.float32(math.exp(float(layer.log_step.detach())) * factor))
                 integers = integers_of(weight.numpy().astype(np.float32), step, float(layer.edge().detach()))
                 coded[weight.name] = integers, step
             size = predicted_bytes_of(coded, archive)

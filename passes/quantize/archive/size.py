@@ -60,23 +60,16 @@ class Layer:
 
 
 def soft_bits(integers: Tensor) -> Tensor:
-    """``-sum c log2(c / n)`` over the counts c of integer values; what each value counts for varies with a gradient.
+    """``-sum c log2(c / n)`` over the counts c of integer values, with the gradient of moving each number up or down.
 
-    The value is that of the rounded integers; the gradient is that of counts spread linearly over the two integers
-    around each number, so that moving a number from a rare to a common integer lowers the size.
+    The value is that of the rounded integers. A number at k that moves by d changes the size by d times half the
+    difference of what k + 1 and k - 1 cost (the logarithms of their shares; an integer that does not occur costs what
+    one that occurs once does): moving from a rare to a common integer lowers the size.
     """
     whole = torch.round(integers.detach())
     low = int(whole.min()) - 1
-    width = int(whole.max()) - low + 2
-    floor = torch.floor(integers.detach())
-    share = integers - floor
-    at = (floor - low).long()
-    soft = torch.zeros(width + 1, dtype=torch.float64)
-    soft = soft.index_add(0, at, (1 - share).double()).index_add(0, at + 1, share.double())
-    hard = torch.bincount((whole - low).long(), minlength=width + 1).double()
-    counts = soft + (hard - soft).detach()
-    total = counts.detach().sum()
-    # Where a count is zero the logarithm is taken of one occurrence: the price of a code that is not there yet.
-    price = -torch.log2(hard.clamp(min=1) / total)
-    value = (hard * price).sum()
-    return value + ((counts - hard) * price).sum()
+    at = (whole - low).long()
+    counts = torch.bincount(at, minlength=int(at.max()) + 2).double()
+    price = torch.log2(counts.sum() / counts.clamp(min=1))
+    slope = (price[at + 1] - price[at - 1]) / 2
+    return (counts * price).sum() + (slope * (integers - integers.detach())).sum()

@@ -32,19 +32,27 @@ class VQWeights(Pass):
     """The codebook has 2**bits entries."""
     step: int = Field(default=4, ge=1)
     """Numbers per code."""
+    least: int | None = Field(default=None, ge=0)
+    """Tensors with fewer numbers are stored as they are; None: those with fewer than the codebook has."""
     rounds: int = Field(default=25, ge=1)
     """Iterations of k-means."""
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        """Encode every float matrix and kernel; vectors are stored as they are.
+        """Encode every float matrix and kernel that is large enough; the rest is stored as it is.
 
         Raises:
-            ConstraintError: there is no matrix.
+            ConstraintError: there is none.
         """
+        least = self.step * 2**self.bits if self.least is None else self.least
         stored = [w for w in graph.weights.values() if w.dtype in ("float32", "float16", "bfloat16")]
-        chosen = [w for w in stored if len(w.shape) > 1]
+        chosen = [w for w in stored if len(w.shape) > 1 and w.size >= least]
         if not chosen:
-            raise ConstraintError("there is no matrix to encode", node=graph.name)
+            raise ConstraintError(
+                "there is no matrix to encode",
+                node=graph.name,
+                expected=f"one of {least} numbers",
+                found="smaller ones",
+            )
         archive = Archive()
         scales, groups, costs = {}, {}, []
         for weight in stored:

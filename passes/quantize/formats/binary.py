@@ -173,19 +173,37 @@ class BinaryCoded:
         return BinaryEncoded(layout, codes, self.bits, scales, self.block)
 
     def _fit(self, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Scales [groups, bits] of ``values`` [groups, n], each scale positive."""
+        """Scales [groups, bits] of ``values`` [groups, n], each scale positive.
+
+        Refining after every plane mostly ends lower; refining the greedy planes once at the end cannot end above them:
+        each group takes the better of the two.
+        """
+        stepwise = self._planes(values, weights, self.rounds)
+        if not self.rounds or self.bits == 1:
+            return stepwise
+        at_end = self._refined(values, weights, self._planes(values, weights, 0))
+        off = [_error(values, weights, alphas) for alphas in (stepwise, at_end)]
+        return np.where((off[0] <= off[1])[:, None], stepwise, at_end)
+
+    def _planes(self, values: np.ndarray, weights: np.ndarray, rounds: int) -> np.ndarray:
         alphas = np.zeros((len(values), 0))
         residual = values
         for _ in range(self.bits):
             new = self._greedy(residual, weights)
             alphas = np.concatenate([alphas, new[:, None]], axis=1)
-            for _ in range(self.rounds):
-                better = self._least_squares(values, weights, alphas)
-                if np.array_equal(better, alphas):
-                    break
-                alphas = better
-            signs = _signs(_assign(values, alphas), alphas.shape[1])
-            residual = values - np.einsum("gqn,gq->gn", signs, alphas)
+            if rounds:
+                alphas = self._refined(values, weights, alphas)
+                residual = values - _nearest_sums(values, alphas)
+            else:  # as greed goes: the signs of earlier planes stay
+                residual = residual - np.where(residual > 0, 1.0, -1.0) * new[:, None]
+        return alphas
+
+    def _refined(self, values: np.ndarray, weights: np.ndarray, alphas: np.ndarray) -> np.ndarray:
+        for _ in range(self.rounds):
+            better = self._least_squares(values, weights, alphas)
+            if np.array_equal(better, alphas):
+                break
+            alphas = better
         return alphas
 
     def _greedy(self, residual: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -235,6 +253,17 @@ def _pattern(k: int, count: int) -> np.ndarray:
 def _signs(codes: np.ndarray, bits: int) -> np.ndarray:
     """[groups, bits, n] of -1 and 1."""
     return np.stack([((codes >> i) & 1) * 2.0 - 1.0 for i in range(bits)], axis=1)
+
+
+def _nearest_sums(values: np.ndarray, alphas: np.ndarray) -> np.ndarray:
+    """[groups, n]: the sums of signed scales nearest to the values."""
+    return np.einsum("gqn,gq->gn", _signs(_assign(values, alphas), alphas.shape[1]), alphas)
+
+
+def _error(values: np.ndarray, weights: np.ndarray, alphas: np.ndarray) -> np.ndarray:
+    """Weighted squared error of every group."""
+    found: np.ndarray = (weights * np.square(values - _nearest_sums(values, alphas))).sum(1)
+    return found
 
 
 def _assign(values: np.ndarray, alphas: np.ndarray) -> np.ndarray:

@@ -140,8 +140,22 @@ def kmeans_vectors(groups: np.ndarray, weights: np.ndarray, count: int, rounds: 
 
 
 def _spread_out(groups: np.ndarray, weights: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Starting centres drawn among the groups with the chance of their squared length (an even spread over norms)."""
-    chance = np.square(groups).sum(1).astype(np.float64) * weights + 1e-12
-    found = rng.choice(len(groups), min(count, len(groups)), replace=False, p=chance / chance.sum())
-    centres = groups[found]
+    """Starting centres: in a few rounds, groups drawn with the chance of their distance to the centres so far.
+
+    "Scalable K-Means++" draws many at a time; here as many in all as there are to be centres.
+    """
+    count_drawn, rounds = min(count, len(groups)), 8
+    distance = np.square(groups).sum(1).astype(np.float64)
+    centres = np.zeros((0, groups.shape[1]), np.float32)
+    for turn in range(rounds):
+        wanted = count_drawn * (turn + 1) // rounds - len(centres)
+        if wanted <= 0:
+            continue
+        chance = distance * weights + 1e-12 * max(float(distance.max(initial=0)), 1e-30)
+        new = groups[rng.choice(len(groups), wanted, replace=False, p=chance / chance.sum())]
+        centres = np.concatenate([centres, new])
+        nearest = new[nearest_vectors(groups, new)[:, 0].astype(np.int64)]
+        distance = (
+            np.minimum(distance, np.square(groups - nearest).sum(1)) if turn else np.square(groups - nearest).sum(1)
+        )
     return np.concatenate([centres, np.zeros((count - len(centres), groups.shape[1]), np.float32)])
