@@ -135,16 +135,29 @@ def _float_operand(node: Node) -> str:
     return ""
 
 
-def _bias(constants: Constants, node: Node) -> tuple[Value | None, torch.Tensor | None] | str:
-    value = node.input(2)
-    if value is None:
-        return None, None
-    data = constants.get(value)
-    w = node.inputs[1]
-    n = None if w is None or w.hint is None else w.hint[1 if node.attrs.get("transposed_weight") else 0]
-    if data is None or data.ndim != 1 or data.numel() != n:
-        return "its bias is computed, or not one number per output"
-    return value, data.float()
+@dataclass(frozen=True)
+class Bias:
+    """One number per output, and the value behind which it has been added (of the addition, where that is a node)."""
+
+    value: Value | None
+    data: torch.Tensor | None
+    behind: Value
+
+
+def _bias(constants: Constants, node: Node) -> Bias | str:
+    value, n = node.input(2), (node.output.hint or (None,))[-1]
+    if value is not None:
+        data = constants.get(value)
+        if data is None or data.ndim != 1 or data.numel() != n:
+            return "its bias is computed, or not one number per output"
+        return Bias(value, data.float(), node.output)
+    reader = _only_reader(node.output)
+    if reader is not None and reader.op == "add" and reader.attrs.get("alpha", 1) == 1:
+        others = [v for v in reader.inputs if v is not None and v is not node.output]
+        data = constants.get(others[0]) if len(others) == 1 else None
+        if data is not None and data.shape == (n,) and reader.output.dtype == node.output.dtype:
+            return Bias(others[0], data.float(), reader.output)
+    return Bias(None, None, node.output)
 
 
 def _both(
@@ -152,7 +165,7 @@ def _both(
     node: Node,
     dequantize: Node,
     weight: ScaledIntegers,
-    bias: tuple[Value | None, torch.Tensor | None],
+    bias: Bias,
     options: Options,
 ) -> Substitution | str:
     """Activations and weight are quantized: int8 or float8."""
@@ -169,18 +182,18 @@ def _both(
         return "its weight has zero points; with a quantized input kernels take symmetric weights"
     if floating != (q.dtype == "float8_e4m3fn"):
         return f"its input is {q.dtype} and its weight {weight.codes.dtype}"
-    last, activation = _activation(node)
+    last, activation = _activation(bias.behind)
     ws = weight.scales.squeeze(1).contiguous()
     xs = scale.float().reshape(())
     if floating:
-        args = (Operand(q), weight.codes, xs, ws, bias[1], activation, options.compute)
+        args = (Operand(q), weight.codes, xs, ws, bias.data, activation, options.compute)
         return Substitution(node, last, "fp8_linear", args, options.dtype == last.dtype, "float8 product")
     if q.dtype not in ("int8", "uint8") or weight.codes.dtype != torch.int8:
         return f"its input is {q.dtype} and its weight {weight.codes.dtype}; the kernel takes int8 weights"
     unsigned = q.dtype == "uint8"
     shift = (0 if zero is None else int(zero.reshape(()))) - (128 if unsigned else 0)
     offset = -shift * weight.codes.sum(1, dtype=torch.int64) if shift else None
-    exact = _integer_bias(constants, bias[0], xs * ws)
+    exact = _integer_bias(constants, bias.value, xs * ws)
     if exact is not None:
         offset = exact if offset is None else offset + exact
     if offset is not None and int(offset.abs().max()) >= 2**31:
@@ -193,7 +206,7 @@ def _both(
         xs,
         ws,
         offset,
-        None if exact is not None else bias[1],
+        None if exact is not None else bias.data,
         out_scale,
         activation,
         options.compute,
@@ -214,15 +227,13 @@ def _integer_bias(constants: Constants, value: Value | None, scale: torch.Tensor
     return stored.long() if torch.allclose(own.float().expand(scale.shape), scale, rtol=1e-6, atol=0) else None
 
 
-def _weight_only(
-    node: Node, x: Value, weight: ScaledIntegers, bias: tuple[Value | None, torch.Tensor | None], options: Options
-) -> Substitution | str:
+def _weight_only(node: Node, x: Value, weight: ScaledIntegers, bias: Bias, options: Options) -> Substitution | str:
     made = weight.as_uint4()
     if made is None:
         return "only its weight is quantized, to more than 16 levels: it is dequantized before a float product"
     from .ops.int4 import pack_int4
 
-    last, activation = _activation(node)
+    last, activation = _activation(bias.behind)
     codes, zeros = made
     scales = weight.scales.t().contiguous()
     args = (
@@ -230,7 +241,7 @@ def _weight_only(
         pack_int4(codes),
         scales,
         zeros.t().contiguous(),
-        bias[1],
+        bias.data,
         weight.group,
         activation,
     )
@@ -243,7 +254,7 @@ def _binary(
     node: Node,
     x: Value,
     weight: SignPlanes,
-    bias: tuple[Value | None, torch.Tensor | None],
+    bias: Bias,
     options: Options,
 ) -> Substitution | str:
     from .ops.binary import pack_signs
@@ -252,9 +263,9 @@ def _binary(
     group = weight.group if weight.group < k else -(-k // 8) * 8
     if group % 8:
         return f"binary codes in blocks of {group}: tables take 8 inputs each"
-    args = (Operand(x, options.compute), pack_signs(weight.signs), weight.alphas, bias[1], group)
+    args = (Operand(x, options.compute), pack_signs(weight.signs), weight.alphas, bias.data, group)
     about = f"{weight.signs.shape[0]} planes of signs in groups of {group}"
-    return Substitution(node, node.output, "binary_linear", args, options.dtype == node.output.dtype, about)
+    return Substitution(node, bias.behind, "binary_linear", args, options.dtype == node.output.dtype, about)
 
 
 def _sparse(
@@ -276,9 +287,9 @@ def _sparse(
     bias = _bias(constants, node)
     if isinstance(bias, str):
         return bias
-    last, activation = _activation(node)
+    last, activation = _activation(bias.behind)
     values, indices = compress24(dense.to(options.compute))
-    args = (Operand(x, options.compute), values, indices, bias[1], dense.shape[0], activation)
+    args = (Operand(x, options.compute), values, indices, bias.data, dense.shape[0], activation)
     return Substitution(node, last, "sparse24_linear", args, False, "2:4 weight on sparse tensor cores")
 
 
@@ -296,8 +307,8 @@ def _nbits(constants: Constants, node: Node, options: Options) -> Substitution |
     else:
         points = unpack(zeros, bits)[:, :groups].int()
     weight = ScaledIntegers(codes, scales.float(), points, int(node.attrs["block"]))
-    value = node.input(4)
-    return _weight_only(node, x, weight, (value, None if bias is None else bias.float()), options)
+    found = Bias(node.input(4), None if bias is None else bias.float(), node.output)
+    return _weight_only(node, x, weight, found, options)
 
 
 def _why_not_conv(constants: Constants, node: Node) -> str:
@@ -321,16 +332,16 @@ def _only_reader(value: Value) -> Node | None:
     return next((n for n, _ in value.uses), None)
 
 
-def _activation(node: Node) -> tuple[Value, str]:
-    """(the value behind the activation fused, its name): the node's own result where none follows directly."""
-    reader = _only_reader(node.output)
-    if reader is None or reader.output.dtype != node.output.dtype:
-        return node.output, "none"
+def _activation(value: Value) -> tuple[Value, str]:
+    """(the value behind the activation fused, its name): the value itself where none follows directly."""
+    reader = _only_reader(value)
+    if reader is None or reader.output.dtype != value.dtype:
+        return value, "none"
     if reader.op in FUSED:
         return reader.output, FUSED[reader.op]
     if reader.op == "gelu":
         return reader.output, "gelu_tanh" if reader.attrs.get("approximate") == "tanh" else "gelu"
-    return node.output, "none"
+    return value, "none"
 
 
 def _requantized(constants: Constants, value: Value) -> tuple[Value, torch.Tensor | None]:

@@ -70,6 +70,9 @@ class SignPlanes:
 def dequantized(constants: Constants, value: Value | None, transposed: bool) -> ScaledIntegers | None:
     """A weight [N, K] (or stored transposed) behind a dequantize node; None where it is no such thing."""
     node = None if value is None else value.producer
+    while node is not None and node.op in ("transpose", "identity") and node.inputs and node.inputs[0] is not None:
+        transposed ^= node.op == "transpose" and list(node.attrs.get("perm") or ()) == [1, 0]
+        node = node.inputs[0].producer
     if node is None or node.op != "dequantize":
         return None
     codes, scale, zero = (constants.get(node.input(i)) for i in range(3))

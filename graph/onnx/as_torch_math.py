@@ -286,6 +286,17 @@ def gemm(c: Call) -> Tensor:
     return product + (rest[0] if beta == 1.0 else beta * rest[0])
 
 
+def _exported(dtype: torch.dtype) -> bool:
+    """Whether Q/DQ of a type stay operators: in an exported program, where passes and backends look for them."""
+    return torch.compiler.is_exporting() and dtype in (torch.int8, torch.uint8)
+
+
+def _axis_and(c: Call, x: Tensor, scale: Tensor, dtype: str) -> tuple[int | None, str, int]:
+    """Axis, type and block as foldline's own operators take them."""
+    axis = None if scale.numel() == 1 and not c.attr("block_size", 0) else c.axis(1, x.dim())
+    return axis, dtype, int(c.attr("block_size", 0))
+
+
 @torch_op("QuantizeLinear")
 def quantize(c: Call) -> Tensor:
     """Rounding passes gradients straight through; a result that carries one stays float, with integer values."""
@@ -294,6 +305,10 @@ def quantize(c: Call) -> Tensor:
     target = torch.uint8 if zero is None else zero.dtype
     if zero is None and c.attr("output_dtype", 0):
         target = {3: torch.int8, 2: torch.uint8, 5: torch.int16, 4: torch.uint16}[c.attr("output_dtype")]
+    if _exported(target):
+        from ..fx.custom import quantize_linear
+
+        return quantize_linear(x, scale, zero, *_axis_and(c, x, scale, str(target).removeprefix("torch.")))
     info = torch.iinfo(target)
     scale = _per_axis(c, scale, x)
     offset = 0 if zero is None else _per_axis(c, zero, x).to(scale.dtype)
@@ -307,6 +322,10 @@ def quantize(c: Call) -> Tensor:
 def dequantize(c: Call) -> Tensor:
     x, scale = c.x(), c.x(1)
     zero = c.maybe(2)
+    if _exported(x.dtype) or (x.dtype == torch.int32 and torch.compiler.is_exporting()):
+        from ..fx.custom import dequantize_linear
+
+        return dequantize_linear(x, scale, zero, *_axis_and(c, x, scale, "float32"))
     scale = _per_axis(c, scale, x)
     shifted = x.to(scale.dtype) if zero is None else x.to(scale.dtype) - _per_axis(c, zero, x).to(scale.dtype)
     return shifted * scale
