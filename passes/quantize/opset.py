@@ -63,4 +63,24 @@ def _converted(graph: Graph, have: int, want: int) -> Graph:
             f"the types chosen need opset {want}, and the model cannot be converted", node=graph.name,
             expected=f"opset {want}", found=problem or f"opset {have}", hint=f"export the model with opset {want}",
         )  # fmt: skip
+    _axes_as_operands(model)
     return load_onnx(model)
+
+
+def _axes_as_operands(model: Any) -> None:
+    """Reductions name their axes in an operand since opset 18; the converter leaves the attribute on some of them."""
+    import numpy as np
+    import onnx_ir as ir
+
+    if model.opset_imports.get("", 0) < 18:
+        return
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.domain == "" and node.op_type.startswith("Reduce") and "axes" in node.attributes:
+            axes = np.array(node.attributes.pop("axes").as_ints(), np.int64)
+            value = ir.Value(
+                name=f"{node.outputs[0].name}_axes", const_value=ir.tensor(axes),
+                shape=ir.Shape(axes.shape), type=ir.TensorType(ir.DataType.INT64),
+            )  # fmt: skip
+            model.graph.register_initializer(value)
+            node.resize_inputs(2)
+            node.replace_input_with(1, value)
