@@ -24,6 +24,7 @@ from .passes.backend import set_resolver
 
 if TYPE_CHECKING:
     from .backends.check import check
+    from .backends.fix import fix
     from .graph.actions import Plan, apply_plan
     from .graph.cost import cost
     from .graph.execute import run_graph
@@ -62,6 +63,7 @@ _HOME = {
     "check": ".backends.check",
     "compare": ".graph.verify",
     "cost": ".graph.cost",
+    "fix": ".backends.fix",
     "latency": ".passes.targets",
     "load": ".graph.load",
     "load_pruned": ".graph.fx.pruned",
@@ -93,6 +95,7 @@ __all__ = [
     "check",
     "compare",
     "cost",
+    "fix",
     "latency",
     "load",
     "load_pruned",

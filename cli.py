@@ -1,4 +1,4 @@
-"""The foldline command: run, prune, inspect, check, diff, passes, version."""
+"""The foldline command: run, prune, inspect, check, fix, diff, passes, version."""
 
 from __future__ import annotations
 
@@ -190,6 +190,27 @@ def check(
             table.add_row(d.severity, d.rule, d.node, d.message, d.fix, style=style.get(d.severity, ""))
         out.print(table)
     if any(d.severity == "error" for d in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fix(
+    model: Model,
+    target: Annotated[str, typer.Option("--target", "-t", help="Name of the backend.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The .onnx file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Apply the mechanical fixes for what check finds in an ONNX file. Exit code 1 if an error is left."""
+    from .backends.fix import fix as fix_model
+    from .graph.save import save
+
+    fixed, report = fix_model(model, target)
+    save(fixed, output)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        out.print(str(report), markup=False, highlight=False)
+    if any(d.severity == "error" for d in report.after):
         raise typer.Exit(1)
 
 

@@ -245,6 +245,7 @@ RULES: tuple[Rule, ...] = (
         "uint8 weights run at half the speed of int8 ones (VNNI)",
         "store weights as symmetric int8",
         _unsigned_weights,
+        "int8_weights",
     ),
     Rule(
         "join-fan-out",

@@ -155,7 +155,7 @@ def build(
         raise BackendError(
             "no TensorRT is installed",
             expected=" or ".join(LIBRARIES),
-            hint="pip install 'foldline[tensorrt-oracle]' (parser and builder, no GPU needed), or tensorrt on the device",
+            hint="pip install 'foldline[tensorrt-oracle]' (builds without a GPU), or tensorrt on the device",
         )
     if not 50 <= options.capability <= 200:
         raise ConfigError("a compute capability is written as 89 for 8.9", node="capability", found=options.capability)

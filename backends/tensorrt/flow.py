@@ -150,7 +150,7 @@ class ProductState:
     Attributes:
         precision: narrow type it multiplies in, or ``float``.
         reason: why it is float although something about it is quantized: ``operand``, ``blocked``, ``unequal``,
-            ``weight-axis``, ``activation-axis``, ``scale-vector``, ``blocks``, ``transposed``, ``types``; "" where there
+            ``weight-axis``, ``activation-axis``, ``scale-vector``, ``blocks``, ``transposed``, ``types``; "" if there
             is nothing to say.
         at: node to name with the reason.
     """

@@ -96,12 +96,12 @@ def _adds(where: Where) -> Iterator[tuple[ir.Node, ir.Value, ir.Value]]:
         if a is None or b is None or where.file.is_static(a) or where.file.is_static(b):
             continue
         for branch, skip in ((a, b), (b, a)):
-            if _product_behind(where.file, branch) is not None:
+            if product_behind(where.file, branch) is not None:
                 yield node, branch, skip
                 break
 
 
-def _product_behind(file: OnnxFile, value: ir.Value | None) -> ir.Node | None:
+def product_behind(file: OnnxFile, value: ir.Value | None) -> ir.Node | None:
     """The quantized product whose result this is: nobody else reads it, but for a bias addition and a Q/DQ pair."""
     for _ in range(4):
         node = None if value is None else value.producer()
@@ -122,7 +122,7 @@ def _product_behind(file: OnnxFile, value: ir.Value | None) -> ir.Node | None:
 
 def _skip_float(where: Where) -> Iterator[Hit]:
     for node, _, skip in _adds(where):
-        if arrival(where.file, skip).kind != "float" or _product_behind(where.file, skip) is not None:
+        if arrival(where.file, skip).kind != "float" or product_behind(where.file, skip) is not None:
             continue
         pair = next((n for n in readers(skip) if is_op(n, Q)), None)
         if pair is not None:
