@@ -103,6 +103,9 @@ class Formats:
     def __init__(self, spec: BackendSpec, placement: Placement) -> None:
         self.spec = spec
         self.placement = placement
+        # What the target itself wants: each choice starts from there, so that one does not narrow the next.
+        self.own = {s.node.name: s.form for s in (*placement.weights, *placement.tables)}
+        self.own_points = {p.root: p.form for p in placement.points.values()}
 
     def bits(self, weights: int | None, activations: int | None) -> None:
         """As many bits for every weight of a product, and for every point. Embedding tables keep their format."""
@@ -139,7 +142,7 @@ class Formats:
     def _weights(self, names: set[str], wish: Any, pattern: str) -> bool:
         sites = [s for s in (*self.placement.weights, *self.placement.tables) if s.node.name in names]
         for site in sites if wish is not None else []:
-            site.form = chosen(wish, site.form, self.spec.weight_dtypes, f"formats.{pattern}.weight")
+            site.form = chosen(wish, self.own[site.node.name], self.spec.weight_dtypes, f"formats.{pattern}.weight")
         return bool(sites)
 
     def _activations(self, names: set[str], pattern: str, wish: Any) -> bool:
@@ -147,7 +150,7 @@ class Formats:
         found = [p for p in points.values() if any(n.name in names for n, _ in p.readers)]
         found += [p for name, p in points.items() if fnmatchcase(name, pattern) and p not in found]
         for root in {p.root for p in found} if wish is not None else ():
-            form = chosen(wish, points[root].form, self.spec.activation_dtypes, f"formats.{pattern}.activation")
+            form = chosen(wish, self.own_points[root], self.spec.activation_dtypes, f"formats.{pattern}.activation")
             self._set(root, form)
         return bool(found)
 

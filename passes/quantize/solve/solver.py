@@ -166,7 +166,7 @@ class Solver:
             if rule is None:
                 continue
             operands = data_operands(node, rule)
-            missing = next((v for v in operands if v is None or v.name not in available), None)
+            missing = next((v for v in operands if v is None or not (rule.asks or v.name in available)), None)
             end = result(node, rule)
             if missing is not None:
                 reason = f"its operand {missing.name} stays in float"
@@ -185,7 +185,7 @@ class Solver:
             rule = self.rules.get(node.name)
             if rule is None or rule.role not in ("join", "carry"):
                 continue
-            if all(v is not None and v.name in found for v in data_operands(node, rule)):
+            if rule.asks or all(v is not None and v.name in found for v in data_operands(node, rule)):
                 ends = node.outputs if rule.role == "carry" else [result(node, rule)]
                 found.update(v.name for v in ends)
         return found
@@ -199,7 +199,7 @@ class Solver:
                 continue
             operands = data_operands(node, rule)
             ends = node.outputs if rule.role == "carry" else [result(node, rule)]
-            taken = all(v is not None and v.name in available for v in operands)
+            taken = rule.asks or all(v is not None and v.name in available for v in operands)
             if taken and any(v.name in found for v in ends):
                 found.update(v.name for v in operands if v is not None)
         return found

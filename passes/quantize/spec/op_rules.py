@@ -38,6 +38,8 @@ class OpPlacement:
         activations: ops that may stand between the op and the Q on its result, fused by the backend.
         behind: ops whose result a ``residual`` is fused into.
         same_scale: operands and result of a join share one scale.
+        asks: a join asks for its operands whenever its result is asked for, instead of waiting for them. With one
+            scale that is Q moved up across it, which costs no accuracy.
         optional: only where the user asks for products of two activations to be quantized.
         data_format, weight_format: formats for this op where they are not the target's own.
         when: conditions on the node, all of which must hold. A name and what it must be: a value, a list of values, or
@@ -58,6 +60,7 @@ class OpPlacement:
     activations: tuple[str, ...] = ()
     behind: tuple[str, ...] = ()
     same_scale: bool = False
+    asks: bool = False
     optional: bool = False
     data_format: TensorFormat | None = None
     weight_format: TensorFormat | None = None
