@@ -37,11 +37,14 @@ if TYPE_CHECKING:
     from .quantize.correct.bias import BiasCorrection
     from .quantize.correct.bn_retune import BnRetune
     from .quantize.correct.norm_tweak import NormTweak
+    from .quantize.correct.pre_calibrate import PreCalibrate
+    from .quantize.diagnose import Diagnose
     from .quantize.finetune_quantized import FinetuneQuantized
     from .quantize.keep_faster import KeepFaster
     from .quantize.qat.freeze_pass import FreezeQuantized
     from .quantize.qat.freezing import WeightFreezing
     from .quantize.qat.qat_pass import QuantizeAware
+    from .quantize.sensitivity.sensitivity_pass import Sensitivity
     from .quantize.weight_only import WeightOnly
     from .recover import Recover
     from .registry import get, names
@@ -82,6 +85,9 @@ if TYPE_CHECKING:
     lower: Callable[..., Result]
     materialise: Callable[..., Result]
     norm_tweak: Callable[..., Result]
+    sensitivity: Callable[..., Result]
+    pre_calibrate: Callable[..., Result]
+    diagnose: Callable[..., Result]
     prune: Callable[..., Result]
     prune_iteratively: Callable[..., Result]
     qat: Callable[..., Result]
@@ -109,6 +115,7 @@ __all__ = [
     "Contract",
     "Cut",
     "Decision",
+    "Diagnose",
     "DropBlocks",
     "Equalize",
     "FineTune",
@@ -131,6 +138,7 @@ __all__ = [
     "Outcome",
     "Pass",
     "Pipeline",
+    "PreCalibrate",
     "Prune",
     "PruneIteratively",
     "Quantize",
@@ -143,6 +151,7 @@ __all__ = [
     "Result",
     "Rotate",
     "Select",
+    "Sensitivity",
     "SharedMask",
     "Smooth",
     "TopKFrequency",
@@ -160,6 +169,7 @@ __all__ = [
     "compare_with_scratch",
     "compress_weights",
     "cut",
+    "diagnose",
     "drop_blocks",
     "equalize",
     "expected_macs",
@@ -183,6 +193,7 @@ __all__ = [
     "merge_adapter",
     "names",
     "norm_tweak",
+    "pre_calibrate",
     "prune",
     "prune_iteratively",
     "qat",
@@ -196,6 +207,7 @@ __all__ = [
     "rotate",
     "save_subspace",
     "select",
+    "sensitivity",
     "shared_mask",
     "smooth",
     "unmerge_adapter",

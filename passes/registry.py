@@ -47,6 +47,9 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "bind": (".reparam.bind", "Bind"),
     "bias_correction": (".quantize.correct.bias", "BiasCorrection"),
     "bn_retune": (".quantize.correct.bn_retune", "BnRetune"),
+    "diagnose": (".quantize.diagnose", "Diagnose"),
+    "pre_calibrate": (".quantize.correct.pre_calibrate", "PreCalibrate"),
+    "sensitivity": (".quantize.sensitivity.sensitivity_pass", "Sensitivity"),
     "norm_tweak": (".quantize.correct.norm_tweak", "NormTweak"),
     "lower": (".lower", "Lower"),
 }

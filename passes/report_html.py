@@ -8,6 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .report import change, count, decibel, in_order, jsonable, size, worst_of
+from .report_quantize import section as quantization
 from .report_style import SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ def _pass(i: int, record: PassRecord) -> str:
         parts.append(_errors(record))
     if record.layers:
         parts.append(_layers(record))
+    if isinstance(record.details.get("quantization"), dict):
+        parts.append(quantization(record.details["quantization"], _folded))
     if record.decisions:
         rows = [
             [f"<code>{escape(d.subject)}</code>", escape(d.action), escape(d.reason) + _data(d.data)]
@@ -175,7 +178,7 @@ def _pass(i: int, record: PassRecord) -> str:
         parts.append(
             _folded(f"{len(rows)} decision{'s' if len(rows) > 1 else ''}", ("subject", "action", "reason"), rows)
         )
-    extra = {k: v for k, v in record.details.items() if k not in ("groups", "latency")}
+    extra = {k: v for k, v in record.details.items() if k not in ("groups", "latency", "quantization")}
     if extra:
         rows = [[escape(k), f"<code>{escape(_brief(v))}</code>"] for k, v in extra.items()]
         parts.append(_folded("details", ("", ""), rows))

@@ -81,6 +81,19 @@ summary:hover { color: var(--ink); }
 .chart rect.before { fill: var(--before); }
 .chart rect.after { fill: var(--after); }
 .chart .value.after { fill: var(--ink); font-weight: 600; }
+.chart .grid, .picture .grid { stroke: var(--line); stroke-width: 1; }
+.chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.chart .line.before { stroke: var(--before); }
+.chart .line.after { stroke: var(--after); }
+.chart .dot { fill: var(--after); }
+h4 { font-size: 13.5px; margin: 12px 0 4px; font-weight: 600; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; margin-top: 10px; }
+.pictures figure { margin: 0; }
+.picture { display: block; width: 100%; height: auto; }
+.picture text { font: 10.5px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--soft); }
+.picture .label { fill: var(--ink); font-size: 11.5px; }
+.picture rect.after { fill: var(--after); }
+.picture rect.out { fill: var(--approximate-bg); }
 ul { margin: 0; padding-left: 20px; }
 @media print { body { background: #fff; } section, .tile { break-inside: avoid; } }
 """

@@ -74,15 +74,15 @@ class BiasCorrection(Pass):
         )
 
     def _said(self, site: Site, slot: BiasSlot | None, shift: np.ndarray | None) -> Decision:
+        layer = {"layer": site.scope, "weight": site.weight.name}
         if slot is None:
-            return Decision(site.node.name, "left", "nothing stored is added to its output that is its own")
+            return Decision(site.node.name, "left", "nothing stored of its own is added to its output", layer)
         if shift is None:
-            return Decision(site.node.name, "left", "the mean of its input is not known")
+            return Decision(site.node.name, "left", "the mean of its input is not known", layer)
         size = math.sqrt(float(np.square(shift).mean()))
         reason = f"bias shifted by {size:.3g} (root mean square over {len(shift)} channels), into its {_where(slot)}"
-        return Decision(
-            site.node.name, "corrected", reason, {"shift_rms": size, "shift_max": float(np.abs(shift).max())}
-        )
+        data = {**layer, "shift_rms": size, "shift_max": float(np.abs(shift).max())}
+        return Decision(site.node.name, "corrected", reason, data)
 
 
 def _where(slot: BiasSlot) -> str:

@@ -95,7 +95,7 @@ def _norm(walk: PairWalk, node: Node, twin: Node) -> Decision:
     walk.change(mean, new_mean)
     walk.change(var, new_var)
     walk.repeat()
-    data = {"before": solution.before, "after": solution.after}
+    data = {"layer": node.scope, "before": solution.before, "after": solution.after}
     reason = f"running statistics re-estimated: error {solution.before:.3g} -> {solution.after:.3g} of the variance"
     return Decision(node.name, "corrected", reason, data)
 
@@ -131,7 +131,8 @@ def _layer(walk: PairWalk, site: Site, slot: BiasSlot | None) -> Decision:
     spread = float(np.abs(np.log2(s)).max())
     what = "scale and bias" if scale is not None else "bias (its weight has no scale of its own per output channel)"
     reason = f"{what} refitted: deviations by up to 2^{spread:.2g}, means by up to {np.abs(mu_f - mu_q).max():.3g}"
-    return Decision(name, "corrected", reason, {"largest_scale": float(s.max()), "smallest_scale": float(s.min())})
+    data = {"layer": site.scope, "largest_scale": float(s.max()), "smallest_scale": float(s.min())}
+    return Decision(name, "corrected", reason, data)
 
 
 def _channel_scale(site: Site) -> tuple[Value, tuple[int, ...]] | None:
