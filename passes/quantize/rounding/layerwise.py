@@ -24,7 +24,7 @@ from .matrix import full, moments, rows, unrows
 from .nearest import nearest
 from .options import GPTQOptions, LayerOptions, LearnedOptions, options
 from .regions import Region, layers
-from .simulate import Env, Hooks, Simulation, Site, checked, tensor
+from .simulate import Env, Hooks, Simulation, Site, checked, tensor, use
 from .variables import variable
 
 PER_COLUMN = 8
@@ -120,15 +120,6 @@ class LayerWalk:
         for env in quants:
             self.sim.execute(range(done, region.last), env, hooks)
         return found
-
-
-def use(hooks: Hooks, site: Site, rounded: Rounded) -> None:
-    """Let the quantized network run on a site's result."""
-    real = np.array(rounded.params.dequantize(rounded.integers), np.float32)
-    hooks.weights[site.name] = torch.from_numpy(real)
-    if rounded.bias is not None:
-        assert site.bias is not None
-        hooks.biases[site.name] = torch.from_numpy(rounded.bias.reshape(site.bias.shape))
 
 
 def _solved(

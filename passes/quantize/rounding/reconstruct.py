@@ -21,12 +21,12 @@ from ...recover.runner import bound
 from .activations import Activation
 from .grid import Grid, is_integer
 from .job import Rounded, RoundingJob
-from .layerwise import LayerWalk, first_samples, use
+from .layerwise import LayerWalk, first_samples
 from .nearest import nearest
 from .options import BlockOptions, GPTQOptions, options
 from .regions import Region, blocks, merged
 from .samples import Samples
-from .simulate import Env, Hooks, Simulation, checked, tensor
+from .simulate import Env, Hooks, Simulation, checked, tensor, use
 from .variables import Variable, variable
 
 BITS_LEARNED = 255

@@ -15,7 +15,7 @@ from ....graph.ir import Node, Value, Weight
 from ...recover.runner import runner
 from ..placement import WeightSite
 from .activations import Activation
-from .job import RoundingJob
+from .job import Rounded, RoundingJob
 
 Env = dict[Hashable, Any]
 Learned = dict[str, Tensor]
@@ -182,6 +182,15 @@ class Simulation:
     def quantizers(self, names: Iterable[str]) -> dict[str, Callable[[Tensor], Tensor]]:
         """How the points of these names are quantized."""
         return {name: self.activations[name] for name in names}
+
+
+def use(hooks: Hooks, site: Site, rounded: Rounded) -> None:
+    """Let the quantized network run on a site's result."""
+    real = np.array(rounded.params.dequantize(rounded.integers), np.float32)
+    hooks.weights[site.name] = torch.from_numpy(real)
+    if rounded.bias is not None:
+        assert site.bias is not None
+        hooks.biases[site.name] = torch.from_numpy(rounded.bias.reshape(site.bias.shape))
 
 
 def tensor(weight: Weight) -> Tensor:
