@@ -1,0 +1,146 @@
+"""A torch model quantized and then exported is its ONNX export quantized directly: the same nodes, the same scales."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from foldline.backends import get
+from foldline.backends.onnxruntime.backend import onnx_model
+from foldline.graph.fx import load_torch
+from foldline.graph.onnx import load_onnx
+from foldline.passes.base import Context
+from foldline.passes.fold import Fold
+from foldline.passes.quantize import BackendSpec, Quantize
+from foldline.passes.quantize.numerics import sqnr_db
+from support.data import cifar10, trained_resnet
+from support.quantize_nets import Concat, Residual, encoder, images
+from support.timm_models import create
+from test_quantize_solve import TRT
+from torch import nn
+
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def both(model: nn.Module, batches: list[Any], **options: Any) -> tuple[ir.Model, ir.Model]:
+    """(quantized in torch, exported), (exported, quantized in ONNX)."""
+    first = batches[0] if isinstance(batches[0], tuple) else (batches[0],)
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in first)
+    program = torch.onnx.export(model, first, dynamo=True, verbose=False, dynamic_shapes=dynamic, opset_version=20)
+    context = Context(calibration=batches, backends=get)
+    made = []
+    for graph in (load_torch(model, batches[0]), load_onnx(program.model_proto)):
+        graph = Fold().apply(graph, context).graph or graph
+        Quantize(**options).apply(graph, context)
+        made.append(onnx_model(graph)[0])
+    return made[0], made[1]
+
+
+def described(model: ir.Model) -> Counter[Any]:
+    """Every node by operator, what makes its operands, their constants' types and shapes, the axis of Q and DQ."""
+    found = []
+    for node in model.graph:
+        operands = []
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer.op_type != "Constant":
+                operands.append(producer.op_type)
+            elif value is not None and value.const_value is not None:
+                operands.append((str(value.const_value.dtype), tuple(value.const_value.shape)))
+            else:
+                operands.append("input" if value is not None else "")
+        stored = node.op_type in QDQ and len(operands[1][1]) > 0
+        axis = node.attributes["axis"].as_int() if stored else None
+        readers = tuple(sorted(use.node.op_type for v in node.outputs for use in v.uses()))
+        found.append((node.op_type, tuple(operands), axis, readers))
+    return Counter(found)
+
+
+def scales(model: ir.Model) -> dict[str, list[np.ndarray]]:
+    """Scales and zero points of Q and of DQ of stored integers, sorted."""
+    found: dict[str, list[np.ndarray]] = {"points": [], "zeros": [], "weights": []}
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            found["points"].append(node.inputs[1].const_value.numpy())
+            found["zeros"].append(node.inputs[2].const_value.numpy())
+        elif node.op_type == "DequantizeLinear" and node.inputs[0].const_value is not None:
+            if node.inputs[0].const_value.dtype == ir.DataType.INT8:
+                found["weights"].append(node.inputs[1].const_value.numpy().reshape(-1))
+    return found
+
+
+def integers(model: ir.Model) -> Counter[bytes]:
+    """The stored int8 tensors, whichever way round matrices lie."""
+    found: Counter[bytes] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value.dtype == ir.DataType.INT8 and len(value.const_value.shape) > 1:
+            found[np.sort(value.const_value.numpy().reshape(-1)).tobytes()] += 1
+    return found
+
+
+def assert_same(torch_first: ir.Model, onnx_first: ir.Model) -> None:
+    a, b = described(torch_first), described(onnx_first)
+    assert a == b, f"only from torch: {a - b}; only from ONNX: {b - a}"
+    mine, theirs = scales(torch_first), scales(onnx_first)
+    points = [np.sort(np.array(s["points"]).reshape(-1)) for s in (mine, theirs)]
+    np.testing.assert_allclose(*points, rtol=1e-5)
+    assert sorted(map(int, mine["zeros"])) == sorted(map(int, theirs["zeros"]))
+    weights = [np.sort(np.concatenate(s["weights"])) for s in (mine, theirs)]
+    np.testing.assert_array_equal(*weights)
+    assert integers(torch_first) == integers(onnx_first)
+
+
+def outputs(model: ir.Model, inputs: list[np.ndarray]) -> np.ndarray:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(
+        ir.serde.serialize_model(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, dict(zip([i.name for i in session.get_inputs()], inputs, strict=True)))[0]
+
+
+@pytest.mark.parametrize("spec", [None, TRT], ids=["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("net", [Residual, Concat], ids=["residual", "concat"])
+def test_convolutions(net: type[nn.Module], spec: BackendSpec | None) -> None:
+    torch.manual_seed(0)
+    model, batches = net().eval(), images()
+    mine, theirs = both(model, batches, spec=spec)
+    assert_same(mine, theirs)
+    x = [images(4)[3].numpy()]
+    assert sqnr_db(outputs(theirs, x), outputs(mine, x)) > 35
+
+
+def test_a_transformer_block_with_embeddings_and_a_mask() -> None:
+    model, batches = encoder()
+    mine, theirs = both(model, batches)
+    assert_same(mine, theirs)
+    x = [t.numpy() for t in batches[0]]
+    assert sqnr_db(outputs(theirs, x), outputs(mine, x)) > 60
+
+
+@pytest.mark.slow
+def test_resnet20_with_its_trained_weights() -> None:
+    pixels, _ = cifar10(count=96)
+    batches = list(pixels.split(32))
+    model = trained_resnet(20).eval()
+    mine, theirs = both(model, batches)
+    assert_same(mine, theirs)
+    with torch.no_grad():
+        exact = model(batches[0]).numpy()
+    assert sqnr_db(exact, outputs(mine, [batches[0].numpy()])) > 26
+    assert sqnr_db(exact, outputs(theirs, [batches[0].numpy()])) > 26
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "deit_tiny_patch16_224"])
+def test_timm_models(name: str) -> None:
+    size = 224 if name.startswith("deit") else 64
+    model = create(name)
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 3, size, size) for _ in range(2)]
+    mine, theirs = both(model, batches)
+    assert_same(mine, theirs)
