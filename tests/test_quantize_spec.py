@@ -174,3 +174,15 @@ def test_formats_that_a_user_writes() -> None:
         chosen({"dtype": "int9"}, form, (), "formats.head.weight")
     with pytest.raises(ConfigError, match="a number of bits or a mapping"):
         chosen("four", form, (), "k")
+
+
+def test_the_pruner_rounds_to_the_targets_multiple() -> None:
+    from foldline import passes as P
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 4)).eval(), torch.randn(2, 8)
+    result = P.prune(model, x, ratio=0.3, round_to="onnxruntime-cpu")
+    assert get("onnxruntime-cpu").spec.channel_multiple == 16
+    assert result.model[0].out_features == 64
+    with pytest.raises(ConfigError, match="there is no backend"):
+        P.prune(model, x, ratio=0.3, round_to="onnxruntime-gpu")

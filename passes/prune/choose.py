@@ -50,7 +50,7 @@ class Chooser:
 
     def __post_init__(self) -> None:
         prune = self.prune
-        self.widths = Widths(self.scores, prune.round_to, prune.min_keep)
+        self.widths = Widths(self.scores, prune.block, prune.min_keep)
         self.ratios = overridden(self.scores, prune.overrides, self.groups)
         self.free = {g: s for g, s in self.scores.items() if g not in self.ratios}
         self.classes = equal_classes(self.groups, list(self.free), prune.equal)
@@ -98,10 +98,10 @@ class Chooser:
         if self.ratios.get(g) == 0:
             return "an override keeps it whole"
         if self.widths.step(g) >= g.size:
-            return f"not longer than a block of {self.prune.round_to}"
+            return f"not longer than a block of {self.prune.block}"
         if g.size <= self.prune.min_keep:
             return f"min_keep={self.prune.min_keep} keeps it whole"
-        return "its share rounds to the whole group" if self.prune.round_to > 1 else "all indices rank above the cut"
+        return "its share rounds to the whole group" if self.prune.block > 1 else "all indices rank above the cut"
 
     # ---- targets that are counted --------------------------------------------------------------------------------
     def _reach(self, target: Target) -> Kept:

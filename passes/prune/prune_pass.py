@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ...graph.actions import select
-from ...graph.errors import ConstraintError
+from ...graph.errors import ConfigError, ConstraintError
 from ...graph.groups import AxisGroup, AxisGroups, axis_groups
 from ...graph.ir import Graph
 from ...graph.quantized import dequantizer
@@ -75,8 +75,9 @@ class Prune(Pass):
     overrides: dict[str, float] = Field(default_factory=dict)
     """Ratios of single groups by name pattern, e.g. {"layer3.*": 0.2, "head": 0}: they hold whatever the scope and the
     target, 0 keeps a group whole; the first pattern that matches decides."""
-    round_to: int = Field(1, ge=1)
-    """Every cut axis stays a multiple of this (8, 16, 32), at least one block; shorter axes are left whole."""
+    round_to: Annotated[int, Field(ge=1)] | str = 1
+    """Every cut axis stays a multiple of this (8, 16, 32), at least one block; shorter axes are left whole. The name of
+    a backend stands for the multiple that its spec asks for."""
     min_keep: int = Field(1, ge=1)
     """Indices that each group keeps at least."""
     ignore: list[str] = Field(default_factory=list)
@@ -120,6 +121,24 @@ class Prune(Pass):
             )
         return self
 
+    @property
+    def block(self) -> int:
+        """``round_to`` as a number."""
+        return 1 if isinstance(self.round_to, str) else self.round_to
+
+    def prepare(self, ctx: Context) -> None:
+        """The backend whose multiple is wanted has a spec."""
+        self._rounded(ctx)
+
+    def _rounded(self, ctx: Context) -> Prune:
+        """The same pass with the multiple of the backend that ``round_to`` names."""
+        if not isinstance(self.round_to, str):
+            return self
+        spec = ctx.backends(self.round_to).spec
+        if spec is None:
+            raise ConfigError("this backend's spec names no multiple of channels", node="round_to", found=self.round_to)
+        return self.model_copy(update={"round_to": spec.channel_multiple})
+
     def selects_only(self) -> bool:
         """True where the choice is made by weights and shapes alone."""
         weights_only = isinstance(self.criterion, str) and needs_of(self.criterion) is Needs.NOTHING
@@ -127,6 +146,8 @@ class Prune(Pass):
         return weights_only and counted and self.data is None and self.calibration is None
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        if isinstance(self.round_to, str):
+            return self._rounded(ctx).apply(graph, ctx)
         separated = graph.separate_shared()
         groups = axis_groups(graph)
         decisions: list[Decision] = []
