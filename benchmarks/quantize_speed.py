@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quantize_speed.py [--peers PYTHON] [--tools ...] [MODEL ...]
 
-Each tool quantizes the same float file with the same calibration data (foldline: ``P.Fold``, ``P.Quantize``; peers at
+Each tool quantizes the same float file with the same calibration data (foldline: Fold, Quantize, Lower; peers at
 their defaults, and onnxruntime.quantization with uint8 activations and int8 weights per channel). ResNet-20 and -56
 and MiniLM have trained weights, the others random ones. All files of a model run in turn, one image (one sentence of
 32 tokens), one thread; medians, and the median over the rounds of fp32's time over the tool's: above 1 is faster.
@@ -66,6 +66,14 @@ def timed(files: dict[str, Path], feeds: dict[str, np.ndarray], seconds: float) 
     }
 
 
+def lower(path: Path) -> None:
+    """What ``P.Lower("onnxruntime")`` makes of the quantized file, written over it."""
+    import foldline as fl
+    from foldline.backends import get
+
+    get("onnxruntime-cpu").lower(fl.load(str(path)), path=path)
+
+
 def kernels(path: Path, folder: Path) -> str:
     """Integer kernels + products left in float, as the runtime rewrites the file."""
     import onnxruntime as ort
@@ -110,6 +118,8 @@ def main() -> None:
                 if "failed" in found:
                     failed[tool] = found["failed"]
                     continue
+                if tool.startswith("foldline"):
+                    lower(target)
             files[tool] = target
         stored = np.load(data)
         feeds = {k: stored[k][:1] for k in stored.files if k.startswith("0/")}

@@ -24,7 +24,7 @@ class EntropyRange(HistogramRange):
     A format with as many levels as the histogram has bins (16 bits) gets the extremes.
     """
 
-    steps: int = 96
+    steps: int = 64
 
     def bounds(self, statistic: Histogram, form: TensorFormat) -> tuple[float, float]:
         low, high = ends(statistic)
@@ -65,10 +65,14 @@ def _divergence(
     p[-1] += counts[b:].sum()
     low, high = ends(statistic)
     params = range_params(max(low, -threshold), min(high, threshold), form)
-    levels, group = np.unique(params.quantize(centres[a:b].astype(np.float32)).astype(np.float32), return_inverse=True)
+    stored = params.quantize(centres[a:b].astype(np.float32))
+    if form.is_float:
+        group = np.unique(stored.astype(np.float32), return_inverse=True)[1]
+    else:
+        group = stored.astype(np.int64) - int(form.limits[0])
     filled = kept > 0
-    total = np.bincount(group, kept, minlength=levels.size)
-    members = np.bincount(group, filled, minlength=levels.size)
+    total = np.bincount(group, kept)
+    members = np.bincount(group, filled)
     q = np.where(filled, total[group] / np.maximum(members[group], 1), 0.0)
     if q.sum() == 0 or np.any((p > 0) & (q == 0)):
         return float("inf")
