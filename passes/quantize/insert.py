@@ -58,14 +58,21 @@ class Inserter:
         attrs = {"axis": p.axis, "dtype": p.dtype, "block": 0}
         scope = point.value.producer.scope if point.value.producer is not None else ""
         after = point.value.producer
+        source, clip = point.value, None
+        if point.form.bits < point.form.stored_bits:  # fewer levels than the type holds: the operator would use them
+            low, high = ((end - float(p.zero_point)) * float(p.scale) for end in p.limits)
+            clip = self.graph.insert(
+                "clip", [source], {"min": low, "max": high}, name=f"{name}_clip", after=after, scope=scope
+            )
+            source, after = clip.output, clip
         q = self.graph.insert(
-            "quantize", [point.value, scale, zero], attrs, name=f"{name}_quantize", after=after, scope=scope
+            "quantize", [source, scale, zero], attrs, name=f"{name}_quantize", after=after, scope=scope
         )
         dq = self.graph.insert(
             "dequantize", [q.output, scale, zero], attrs, name=f"{name}_dequantize", after=q, scope=scope
         )
         if point.all_uses:
-            self.graph.replace_uses(point.value, dq.output, except_nodes=[q])
+            self.graph.replace_uses(point.value, dq.output, except_nodes=[q] if clip is None else [q, clip])
         else:
             for node, position in point.readers:
                 self.graph.set_input(node, position, dq.output)
