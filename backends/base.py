@@ -7,7 +7,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -136,6 +136,13 @@ def _summary(times: list[float]) -> dict[str, Any]:
     return {"median_ms": middle, "spread_ms": high - low, "min_ms": min(times), "runs": len(times)}
 
 
+def renamed(found: list[Diagnostic], graph: Graph) -> list[Diagnostic]:
+    """Diagnostics of an exported file under the graph's names: the exporter writes ``node_conv2d`` for ``conv2d``."""
+    own = {node.name for node in graph.nodes}
+    names = {d.node: d.node.removeprefix("node_") for d in found if d.node not in own}
+    return [replace(d, node=names[d.node]) if names.get(d.node) in own else d for d in found]
+
+
 class Backend(abc.ABC):
     """A target. Instances are cheap and hold no model.
 
@@ -163,6 +170,15 @@ class Backend(abc.ABC):
         from ..graph.load import load
 
         return self.check(load(file.model))
+
+    def check_lowered(self, graph: Graph, artifact: Artifact) -> list[Diagnostic]:
+        """What :meth:`check` says of a graph, by the file that :meth:`lower` made of it where it keeps one."""
+        model = getattr(artifact, "model", None)
+        if model is None or graph.kind != "fx":
+            return self.check(graph)
+        from .rules import OnnxFile
+
+        return renamed(self.check_file(OnnxFile(model)), graph)
 
     @abc.abstractmethod
     def lower(self, graph: Graph, example_inputs: Any = None) -> Artifact:

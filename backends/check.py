@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..graph.errors import FoldlineError, ModelFileError
+from ..graph.errors import ConfigError, FoldlineError, ModelFileError
 from ..graph.load import is_onnx_model, load
 from .base import Diagnostic, get
 from .rules.onnx_file import OnnxFile
@@ -44,7 +44,7 @@ def check(model: Any, target: str, example_inputs: Any = None, **options: Any) -
             else:
                 found += backend.check(load(model, example_inputs))
         except FoldlineError as exc:
-            if not is_onnx(model):
+            if isinstance(exc, ConfigError) or not is_onnx(model):
                 raise
             found.append(Diagnostic("load", "error", exc.node or "", exc.message, exc.hint or "", "error"))
     return sorted(found, key=lambda d: ORDER.index(d.severity))

@@ -91,13 +91,27 @@ def _repairs() -> dict[str, Callable[[Editor, set[str]], None]]:
     }
 
 
-def fix(model: Any, target: str, example_inputs: Any = None, **options: Any) -> Fixed:
+EXACT = frozenset(("qdq", "dequantize_first", "shapes", "float_bias", "zero_points", "scalars"))
+"""Repairs that write the same numbers in another form, up to the rounding of a float addition."""
+
+
+def fix(
+    model: Any,
+    target: str,
+    example_inputs: Any = None,
+    *,
+    only: frozenset[str] | None = None,
+    compare: bool = True,
+    **options: Any,
+) -> Fixed:
     """Apply the mechanical fixes of a target's rules until none applies.
 
     Args:
         model: an ONNX file, ``ModelProto`` or ``onnx_ir.Model``; it is not changed.
         target: name of the backend.
         example_inputs: one call's arguments for the numerical comparison; made up when None.
+        only: names of the repairs to use; all when None.
+        compare: measure the difference (runs both models once).
         options: of ``fl.check``.
 
     Returns:
@@ -117,7 +131,7 @@ def fix(model: Any, target: str, example_inputs: Any = None, **options: Any) -> 
     original = read(model)
     editor = Editor(original.clone())
     repair_of = rules_of(target)
-    repairs = _repairs()
+    repairs = {name: repair for name, repair in _repairs().items() if only is None or name in only}
     applied: set[tuple[str, str, str]] = set()
     for _ in range(STEPS):
         wanted = {d.rule: repair_of[d.rule] for d in found if repair_of.get(d.rule)}
@@ -132,7 +146,8 @@ def fix(model: Any, target: str, example_inputs: Any = None, **options: Any) -> 
         report.actions += [(chosen[0].rule, node, what) for what, node in editor.done[before:]]
         found = _checked(editor, target, step, options)
     report.after = found
-    report.sqnr_db, report.note = _difference(original, editor.model, example_inputs)
+    if compare:
+        report.sqnr_db, report.note = _difference(original, editor.model, example_inputs)
     return Fixed(_same_kind(editor.model, model), report)
 
 

@@ -62,15 +62,21 @@ class Lower(Pass):
                 )
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        """Check the graph against the backend's spec, lower it, and compare the artifact with the graph.
+        """Lower the graph, check what the backend makes of it, and compare the artifact with the graph.
 
         Raises:
             BackendError: the backend refuses or fails; names the target and what it said.
         """
         backend = ctx.backends(self.backend)
-        decisions = [_decision(found, graph) for found in backend.check(graph)]
         artifact = backend.lower(graph, ctx.example_inputs, **self.options)
+        # What was lowered is at hand: judging it spares a second export.
+        judge = getattr(backend, "check_lowered", None)
+        decisions = [
+            _decision(found, graph) for found in (backend.check(graph) if judge is None else judge(graph, artifact))
+        ]
         details: dict[str, Any] = {"backend": self.backend}
+        if hasattr(artifact, "facts"):
+            details["artifact"] = artifact.facts()
         inputs = _inputs(graph, ctx) if ctx.verify or self.benchmark else None
         measured = None
         if ctx.verify and inputs is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from ...graph.ir import Graph
 from ...passes.quantize.spec import BackendSpec
-from ..base import Diagnostic
+from ..base import Diagnostic, renamed
 from ..rules.onnx_file import OnnxFile, name_of
 from ..rules.qdq import PRODUCTS, Q, dequantizer, is_op, pairs, readers, stored
 from ..rules.rule import Finder, Hit, Rule, Where, run_rules
@@ -26,14 +25,7 @@ def check_graph(graph: Graph, spec: BackendSpec) -> list[Diagnostic]:
     if not any(node.op in ("quantize", "dequantize") for node in graph.nodes):
         return []
     model, _ = onnx_model(graph)
-    return _renamed(check_file(OnnxFile(model), spec.name), graph)
-
-
-def _renamed(found: list[Diagnostic], graph: Graph) -> list[Diagnostic]:
-    """The exporter calls a node ``node_conv2d`` where the graph says ``conv2d``."""
-    own = {node.name for node in graph.nodes}
-    names = {d.node: d.node.removeprefix("node_") for d in found if d.node not in own}
-    return [replace(d, node=names[d.node]) if names.get(d.node) in own else d for d in found]
+    return renamed(check_file(OnnxFile(model), spec.name), graph)
 
 
 def check_file(file: OnnxFile, target: str = "onnxruntime-cpu") -> list[Diagnostic]:
