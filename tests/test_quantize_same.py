@@ -144,3 +144,23 @@ def test_timm_models(name: str) -> None:
     batches = [torch.randn(2, 3, size, size) for _ in range(2)]
     mine, theirs = both(model, batches)
     assert_same(mine, theirs)
+
+
+def test_four_bit_blocks_are_exported_in_their_type() -> None:
+    from foldline.passes.quantize.spec.files import load_spec
+    from test_quantize_solve import FOLDER
+
+    spec = load_spec(FOLDER / "tensorrt/specs/tensorrt-int4.yaml")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(128, 24), nn.ReLU(), nn.Linear(24, 8)).eval(), torch.randn(3, 128)
+    graph = load_torch(model, x)
+    outcome = Quantize(spec=spec).apply(graph, Context(backends=get))
+    assert outcome.details["weights"] == 1
+    assert any("in_channels is 24" in d.reason for d in outcome.decisions)
+    made, _ = onnx_model(graph)
+    assert made.opset_imports[""] == 21
+    (dq,) = [n for n in made.graph if n.op_type == "DequantizeLinear"]
+    assert dq.inputs[0].const_value.dtype == ir.DataType.INT4 and dq.inputs[2].const_value.dtype == ir.DataType.INT4
+    assert not any(n.op_type == "Cast" for n in made.graph)
+    found = outputs(made, [x.numpy()])
+    np.testing.assert_allclose(found, graph.run(graph.bind(x))[0][0], rtol=1e-4, atol=1e-5)

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from ...graph.errors import BackendError
 from ...graph.ir import Graph
-from .turn import turn_weights
+from ...passes.quantize.opset import TYPES
+from .turn import narrow, turn_weights
 
 OPSET = 20
 """The exporter's own default, and read by every ONNX Runtime that foldline supports."""
@@ -22,8 +23,13 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnxscript
 
     from ...graph.fx.custom import dequantize_linear, quantize_linear, storage_dtype
+    from ...graph.fx.tensors import HELD
 
-    op = onnxscript.opset20 if opset < 21 else onnxscript.opset21
+    op = getattr(onnxscript, f"opset{max(opset, 20)}", onnxscript.opset21)
+
+    def stored(x: Any, dtype: str) -> Any:
+        """An operand in the type it stands for, where torch holds it in a wider one (see ``turn.narrow``)."""
+        return op.Cast(x, to=int(ir.DataType[dtype.upper()])) if dtype in HELD else x
 
     def zeros(scale: Any, dtype: str) -> Any:
         """ONNX knows the integer type by its zero point only."""
@@ -36,13 +42,14 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     def quantize(
         x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, dtype: str = "int8", block: int = 0
     ) -> Any:
-        zero = zeros(scale, dtype) if zero_point is None else zero_point
+        zero = stored(zeros(scale, dtype) if zero_point is None else zero_point, dtype)
         return op.QuantizeLinear(x, scale, zero, **attributes(axis, block))
 
     def dequantize(
         x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, dtype: str = "int8", block: int = 0
     ) -> Any:
-        operands = (x, scale) if zero_point is None else (x, scale, zero_point)
+        x = stored(x, dtype)
+        operands = (x, scale) if zero_point is None else (x, scale, stored(zero_point, dtype))
         return op.DequantizeLinear(*operands, **attributes(axis, block))
 
     return {quantize_linear: quantize, dequantize_linear: dequantize}
@@ -59,8 +66,10 @@ def export(graph: Graph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
     """
     from torch.export import Dim
 
-    if any(node.attrs.get("block") for node in graph.nodes if node.op in ("quantize", "dequantize")):
+    pairs = [node.attrs for node in graph.nodes if node.op in ("quantize", "dequantize")]
+    if any(attrs.get("block") for attrs in pairs):
         opset = max(opset, 21)  # the first that knows blocks
+    opset = max([opset, *(TYPES.get(attrs.get("dtype", ""), 10) for attrs in pairs)])
     arguments = _example(graph)
     notes: list[str] = []
     try:
@@ -74,6 +83,7 @@ def export(graph: Graph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
                 if isinstance(d, str) and value.shape is not None and isinstance(value.shape[i], int):
                     notes.append(f"axis {i} of input {mine.name} is fixed at {value.shape[i]}: {exc.found}")
     _rename(model, [v.name for v in graph.inputs], [v.name for v in graph.outputs])
+    narrow(model)
     turn_weights(model)
     strip(model)
     return model, notes

@@ -1,9 +1,34 @@
-"""Transposes behind dequantized weights, which the exporter leaves, become transposed integers."""
+"""What the exporter leaves around stored integers: casts to their own type, transposes behind their dequantization."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
+NARROW = frozenset((ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.UINT16))
+
+
+def narrow(model: ir.Model) -> int:
+    """Store constants that are cast to a type of few bits in that type; returns how many casts went."""
+    graph, gone = model.graph, 0
+    taken = {*graph.initializers, *(v.name or "" for node in graph for v in node.outputs)}
+    made: dict[tuple[ir.Value, int], ir.Value] = {}
+    for node in list(graph):
+        to = ir.DataType(node.attributes["to"].as_int()) if node.op_type == "Cast" else None
+        source = node.inputs[0] if node.inputs else None
+        if to not in NARROW or to is None or source is None or source.const_value is None or source.is_graph_input():
+            continue
+        key = (source, int(to))
+        if key not in made:
+            array = source.const_value.numpy().astype(to.numpy())
+            made[key] = _constant(graph, source, array, taken, "narrow")
+        node.outputs[0].replace_all_uses_with(made[key])
+        graph.remove(node, safe=True)
+        gone += 1
+    for source, _ in made:
+        if not source.uses() and not source.is_graph_output() and graph.initializers.get(source.name or "") is source:
+            del graph.initializers[source.name or ""]
+    return gone
 
 
 def turn_weights(model: ir.Model) -> int:
@@ -45,7 +70,9 @@ def _turned(graph: ir.Graph, dq: ir.Node, perm: tuple[int, ...], taken: set[str]
         assert value is not None
         array = None if value.const_value is None else value.const_value.numpy()
         grid = array is not None and array.ndim == len(perm) > 1
-        inputs.append(_constant(graph, value, array.transpose(perm), taken) if array is not None and grid else value)
+        inputs.append(
+            _constant(graph, value, array.transpose(perm), taken, "turned") if array is not None and grid else value
+        )
     attributes = [a for name, a in dq.attributes.items() if name != "axis"]
     attributes.append(ir.AttrInt64("axis", perm.index(axis)))
     node = ir.Node("", "DequantizeLinear", inputs, attributes, name=f"{dq.name}_turned")
@@ -58,8 +85,8 @@ def _turned(graph: ir.Graph, dq: ir.Node, perm: tuple[int, ...], taken: set[str]
     return made
 
 
-def _constant(graph: ir.Graph, value: ir.Value, array: np.ndarray, taken: set[str]) -> ir.Value:
-    name = _free(taken, f"{value.name}_turned")
+def _constant(graph: ir.Graph, value: ir.Value, array: np.ndarray, taken: set[str], how: str) -> ir.Value:
+    name = _free(taken, f"{value.name}_{how}")
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
     made = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers.add(made)

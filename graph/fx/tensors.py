@@ -36,11 +36,20 @@ def to_numpy(t: torch.Tensor, name: str = "") -> np.ndarray:
     return t.resolve_conj().resolve_neg().numpy()
 
 
+HELD = {"int4": np.int8, "int2": np.int8, "uint4": np.uint8, "uint2": np.uint8, "uint16": np.int32}
+"""Types that torch computes little or nothing with, and the type that holds their values here."""
+
+
 def from_numpy(data: Any) -> torch.Tensor:
-    """Torch tensor of a numpy array (ml_dtypes included); tensors pass through. Always its own memory for arrays."""
+    """Torch tensor of a numpy array (ml_dtypes included); tensors pass through. Always its own memory for arrays.
+
+    Integers of 4 and 2 bits take a byte each, uint16 an int32.
+    """
     if isinstance(data, torch.Tensor):
         return data
     data = np.asarray(data)
+    if data.dtype.name in HELD:
+        data = data.astype(HELD[data.dtype.name])
     for dtype, (bits, type_name) in _BITS.items():
         if data.dtype.name == type_name:
             view = {torch.int16: np.int16, torch.uint8: np.uint8}[bits]
