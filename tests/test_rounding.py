@@ -115,7 +115,7 @@ def test_no_layer_ends_worse_than_nearest(method: str, front: str) -> None:
     model, batches = convs()
     graph = load(model, (batches[0],), front)
     fixed = {} if method == "gptq" else {"steps": 60}
-    j = job(graph, batches, method, weights=3, **fixed)
+    j = job(graph, batches, method, weight_bits=3, **fixed)
     found = round_weights(j)
     assert set(found) == {s.node.name for s in j.placement.weights} and len(found) == 4
     for site in j.placement.weights:
@@ -123,7 +123,7 @@ def test_no_layer_ends_worse_than_nearest(method: str, front: str) -> None:
         assert r.integers.shape == site.weight.shape and r.integers.dtype == np.int8
         assert r.integers.min() >= -4 and r.integers.max() <= 3
         assert r.details["mse"] <= r.details["mse_nearest"] * (1 + 1e-6)
-    nearest = round_weights(job(graph, batches, weights=3))
+    nearest = round_weights(job(graph, batches, weight_bits=3))
     held_out = torch.randn(16, 3, 10, 10, generator=torch.Generator().manual_seed(9))
     assert mse(j, found, held_out) < 0.7 * mse(j, nearest, held_out)
 
@@ -164,7 +164,7 @@ def test_the_callers_graph_is_only_read() -> None:
 @pytest.mark.parametrize("inputs", ["quantized", "float"])
 def test_the_bias_takes_up_the_mean(inputs: str) -> None:
     model, batches = mlp()
-    j = job(load_torch(model, batches[0]), batches, "gptq", weights=2, activations=4, inputs=inputs)
+    j = job(load_torch(model, batches[0]), batches, "gptq", weight_bits=2, activation_bits=4, inputs=inputs)
     found = round_weights(j)
     assert all(r.bias is not None for r in found.values())
     if inputs == "quantized":
@@ -179,7 +179,7 @@ def test_later_layers_make_up_for_earlier_ones() -> None:
     graph = load_torch(model, batches[0])
     errors = []
     for options in ({"inputs": "quantized"}, {"inputs": "float", "asymmetry": 0.0}):
-        j = job(graph, batches, "gptq", weights=2, **options)
+        j = job(graph, batches, "gptq", weight_bits=2, **options)
         errors.append(mse(j, round_weights(j), torch.cat(batches)))
     assert errors[0] < errors[1]
 
@@ -197,7 +197,7 @@ def test_blocks_of_input_channels_keep_their_own_scales() -> None:
         assert r.details["mse"] < r.details["mse_nearest"]
 
 
-# ---- what the methods are ----------------------------------------------------------------------------------------------
+# ---- what the methods are -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["flexround", "lrq", "adaround", "adaquant"])
 @pytest.mark.parametrize("shape", [(6, 10), (5, 4, 3, 3)])
 def test_without_a_step_it_is_nearest_bit_for_bit(kind: str, shape: tuple[int, ...]) -> None:
@@ -286,7 +286,7 @@ def test_low_rank_generalizes_from_few_rows() -> None:
     graph = load_torch(net, train)
     errors = {}
     for method in ("flexround", "lrq"):
-        j = job(graph, [train], method, weights=3, scales="keep", asymmetry=0.0, bias=False, steps=300, rank=4)
+        j = job(graph, [train], method, weight_bits=3, scales="keep", asymmetry=0.0, bias=False, steps=300, rank=4)
         errors[method] = mse(j, round_weights(j), test)
     assert errors["lrq"] < errors["flexround"]
 
@@ -303,7 +303,7 @@ def test_wrong_options_are_named() -> None:
         j = job(graph, batches, "gptq")
         j.batches = []
         round_weights(j)
-    assert list(METHODS)[0] == "nearest"
+    assert next(iter(METHODS)) == "nearest"
 
 
 def test_grids_that_are_no_integers_are_rounded_to_nearest_with_the_reason() -> None:

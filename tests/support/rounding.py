@@ -23,8 +23,8 @@ def job(
     batches: list[Any],
     method: str = "nearest",
     *,
-    weights: int = 4,
-    activations: int = 8,
+    weight_bits: int = 4,
+    activation_bits: int = 8,
     form: TensorFormat | None = None,
     target: str = "inductor-cpu",
     **options: Any,
@@ -32,9 +32,9 @@ def job(
     """A job with min-max ranges; ``form`` overrides the weights' format."""
     spec = get(target).spec
     placement = place(graph, spec, set())
-    low, high = -(2 ** (weights - 1)), 2 ** (weights - 1) - 1
+    low, high = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
     wide = form or TensorFormat("int8", symmetric=True, granularity="out_channel", range=(low, high))
-    narrow = TensorFormat("uint8", range=(0, 2**activations - 1))
+    narrow = TensorFormat("uint8", range=(0, 2**activation_bits - 1))
     seen: dict[str, list[np.ndarray]] = {name: [] for name in placement.points}
     for batch in bound(graph, batches):
         for name, x in graph.run(batch, list(seen))[1].items():
