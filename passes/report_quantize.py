@@ -32,6 +32,13 @@ def _db(value: float | None) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "-"
 
 
+def _type(item: Mapping[str, Any], prefix: str = "") -> str:
+    """``int8``, or ``4 bits in int8`` where the type holds more than is used."""
+    dtype, bits = str(item[f"{prefix}dtype"]), item.get(f"{prefix}bits")
+    whole = "".join(c for c in dtype if c.isdigit()) if dtype.startswith(("int", "uint")) else ""
+    return f"{bits} bits in {dtype}" if whole and bits is not None and bits < int(whole) else dtype
+
+
 def _meter(value: float | None) -> str:
     share = 1.0 if value is None else min(1.0, max(0.0, value / TOP_DB)) if math.isfinite(value) else 0.0
     return f'<span class="meter wide"><span style="width:{share:.1%}"></span></span>'
@@ -85,7 +92,7 @@ def _layers(layers: Sequence[Mapping[str, Any]], folded: Table) -> str:
         rows.append(
             [
                 f"<code>{escape(str(item['layer']))}</code>",
-                escape(f"{item['op']}, {item['weight_dtype']}"),
+                escape(f"{item['op']}, {_type(item, 'weight_')}"),
                 _db(item["weight_db"]),
                 "float" if item["input_db"] is None else _db(item["input_db"]),
                 _meter(item["output_db"]),
@@ -103,7 +110,7 @@ def _points(points: Sequence[Mapping[str, Any]], folded: Table) -> str:
     rows = [
         [
             f"<code>{escape(str(p['name']))}</code>",
-            escape(str(p["dtype"])),
+            escape(_type(p)),
             f"{p['low']:.3g} .. {p['high']:.3g}",
             f"{p['clipped']:.2%}",
             f"{p['used']:.0%}",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from ...graph.ir import Graph, Node
+from ...graph.ir import Graph, Node, Value
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from .correct.sites import Site, float_reference, sites
 from .diagnose_numbers import ErrorSums, Spread, stored_grid
@@ -77,8 +77,8 @@ class Diagnose(Pass):
         pairs_at: dict[str, list[Node]] = {}
         points: dict[str, dict[str, Any]] = {}
         for node in graph.nodes:
-            x = node.inputs[0] if node.op == "quantize" and node.inputs else None
-            if x is None or x.is_const or x.name not in reference.values:
+            x = quantized_value(node, reference)
+            if x is None:
                 continue
             if x.is_input:
                 self._point(walk, node, points)
@@ -98,7 +98,7 @@ class Diagnose(Pass):
         return points, outputs
 
     def _point(self, walk: PairWalk, quantize: Node, points: dict[str, dict[str, Any]]) -> None:
-        x = quantize.inputs[0]
+        x = quantized_value(quantize, walk.reference)
         assert x is not None
         grid = stored_grid(quantize)
         there = walk.there.values(walk.reference.values[x.name])
@@ -123,7 +123,7 @@ class Diagnose(Pass):
         }
 
     def _layer(self, site: Site, output: ErrorSums | None, points: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        grid = stored_grid(site.dequantize)
+        grid = stored_grid(site.dequantize, site.stored.numpy())
         w = np.asarray(site.weight.numpy(), dtype=np.float32)
         error = ErrorSums()
         error.add(w, site.quantized())
@@ -158,6 +158,14 @@ class Diagnose(Pass):
         metric: Any = self.sensitivity
         found = measure(reference, trials, batches, metric, ctx.progress)
         return {n: None if losses[0] <= 0 else -10 * float(np.log10(losses[0])) for n, losses in found.items()}
+
+
+def quantized_value(node: Node, reference: Graph) -> Value | None:
+    """The float model's value that a quantize node takes, through a clip to its levels; None for other nodes."""
+    x = node.inputs[0] if node.op == "quantize" and node.inputs else None
+    if x is not None and x.name not in reference.values and x.producer is not None and x.producer.op == "clip":
+        x = x.producer.inputs[0]
+    return None if x is None or x.is_const or x.name not in reference.values else x
 
 
 CLIPPED = 0.01

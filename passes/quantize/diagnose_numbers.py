@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,11 @@ class ErrorSums:
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
 
 
-def stored_grid(node: Node) -> QuantParams | None:
+def stored_grid(node: Node, integers: np.ndarray | None = None) -> QuantParams | None:
     """The grid of a quantize or dequantize node with constant parameters; None otherwise.
 
-    The range is that of the stored type: that a narrower one was meant is not written in the graph.
+    Its range is that of the stored type, or narrower where a clip stands before a quantize node, or where stored
+    ``integers`` all fit into fewer bits.
     """
     scale = node.inputs[1].const() if node.inputs[1] is not None else None
     point = node.input(2)
@@ -61,7 +62,22 @@ def stored_grid(node: Node) -> QuantParams | None:
     axis, block = node.attrs.get("axis"), int(node.attrs.get("block") or 0)
     one = scale.size == 1 and not block
     scale, zero = (a.reshape(()) if one else a for a in (scale, np.asarray(zero)))
-    return QuantParams(np.asarray(scale), zero, None if one else axis, block)
+    found = QuantParams(np.asarray(scale), zero, None if one else axis, block)
+    return replace(found, **dict(zip(("low", "high"), _range(node, found, integers), strict=True)))
+
+
+def _range(node: Node, grid: QuantParams, integers: np.ndarray | None) -> tuple[float, float]:
+    low, high = grid.limits
+    if integers is not None and integers.size and low < 0 <= high and grid.dtype.startswith("int"):
+        least, most = int(integers.min()), int(integers.max())
+        bits = next(b for b in range(2, 33) if -(2 ** (b - 1)) <= least and most < 2 ** (b - 1))
+        return max(low, -(2 ** (bits - 1))), min(high, 2 ** (bits - 1) - 1)
+    clip = node.inputs[0].producer if node.op == "quantize" and node.inputs[0] is not None else None
+    ends = (None, None) if clip is None or clip.op != "clip" else (clip.attrs.get("min"), clip.attrs.get("max"))
+    if ends[0] is None or ends[1] is None or grid.scale.ndim:
+        return low, high
+    first, last = (float(np.rint(end / float(grid.scale)) + float(grid.zero_point)) for end in ends)
+    return max(low, first), min(high, last)
 
 
 @dataclass
@@ -114,6 +130,7 @@ class Spread:
             "clipped": self.outside / self.count,
             "used": (self.most - self.least) / (last - first),
             "dtype": self.grid.dtype,
+            "bits": int(last - first).bit_length(),
             "histogram": None,
         }
         if self._parts:

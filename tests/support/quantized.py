@@ -9,7 +9,7 @@ from foldline.passes.quantize.spec import TensorFormat
 
 WEIGHTS = TensorFormat("int8", symmetric=True, granularity="out_channel")
 
-STORED = ("int2", "int4", "int16")
+STORED = ("int16",)
 
 
 def weights_as_integers(graph: Graph, bits: int, form: TensorFormat = WEIGHTS) -> Graph:
