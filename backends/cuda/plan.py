@@ -186,8 +186,8 @@ def _both(
     ws = weight.scales.squeeze(1).contiguous()
     xs = scale.float().reshape(())
     if floating:
-        args = (Operand(q), weight.codes, xs, ws, bias.data, activation, options.compute)
-        return Substitution(node, last, "fp8_linear", args, options.dtype == last.dtype, "float8 product")
+        operands = (Operand(q), weight.codes, xs, ws, bias.data, activation, options.compute)
+        return Substitution(node, last, "fp8_linear", operands, options.dtype == last.dtype, "float8 product")
     if q.dtype not in ("int8", "uint8") or weight.codes.dtype != torch.int8:
         return f"its input is {q.dtype} and its weight {weight.codes.dtype}; the kernel takes int8 weights"
     unsigned = q.dtype == "uint8"

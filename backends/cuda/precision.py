@@ -34,11 +34,11 @@ def narrow_products(module: fx.GraphModule, dtype: torch.dtype) -> int:
             continue
         with native.inserting_before(node):
             cast = {n: _cast(module, n, dtype, converted) for n in node.all_input_nodes}
-        node.args = fx.node.map_arg(node.args, lambda n, c=cast: c[n])
-        node.kwargs = fx.node.map_arg(node.kwargs, lambda n, c=cast: c[n])
+        node.args = fx.node.map_arg(node.args, cast.__getitem__)
+        node.kwargs = fx.node.map_arg(node.kwargs, cast.__getitem__)
         with native.inserting_after(node):
             back = native.call_function(torch.ops.aten.to.dtype, (node, torch.float32))
-        node.replace_all_uses_with(back, delete_user_cb=lambda user, b=back: user is not b)
+        node.replace_all_uses_with(back, delete_user_cb=back.__ne__)
         count += 1
     native.eliminate_dead_code()
     module.recompile()

@@ -36,7 +36,7 @@ def operator(name: str, check: Callable[..., None], fake: Callable[..., Any]) ->
             check(*args)
             return fake(*args)
 
-        made = torch.library.triton_op(f"{NAMESPACE}::{name}", checked, mutates_args=())
+        made: Any = torch.library.triton_op(f"{NAMESPACE}::{name}", checked, mutates_args=())
         made.register_fake(checked_fake)
         return made
 
