@@ -63,7 +63,8 @@ def weight_rows() -> list[Row]:
         Row("SmoothQuant", lambda b, g: [*optional("smooth", weight_bits=b), integers(b, g)]),
         Row("rotation", lambda b, g: [*rotation(), integers(b, g)]),
         Row("rotation + GPTQ", lambda b, g: [*rotation(), integers(b, g, "gptq", search=True)]),
-        Row("FlatQuant-like", lambda b, g: [*flat(b), integers(b, g)]),
+        Row("learned rotation and scales (OSTQuant-like)", lambda b, g: [*learned(b), integers(b, g)]),
+        Row("FlatQuant-like", lambda b, g: [*flat(b, g), integers(b, g)]),
         Row("binary-coded, weight error", lambda b, g: [P.WeightOnly(format="bcq", bits=b, block=g)]),
         Row("binary-coded, output error", lambda b, g: [P.WeightOnly(format="bcq", bits=b, block=g, method="gptq")]),
         Row("codebook (k-means)", lambda b, g: [P.WeightOnly(format="kmeans", bits=b, method="weighted")]),
@@ -85,7 +86,8 @@ def activation_rows() -> list[Row]:
         Row("SmoothQuant", lambda b, g: [*optional("smooth", weight_bits=4, activation_bits=4), per_channel()], (4,)),
         Row("rotation", lambda b, g: [*rotation(), per_channel()], (4,)),
         Row("rotation + GPTQ", lambda b, g: [*rotation(), per_channel("gptq")], (4,)),
-        Row("FlatQuant-like", lambda b, g: [*flat(4), per_channel()], (4,)),
+        Row("learned rotation and scales (OSTQuant-like)", lambda b, g: [*learned(4, 4), per_channel()], (4,)),
+        Row("FlatQuant-like", lambda b, g: [*flat(4, 0, 4), per_channel()], (4,)),
     ]
 
 
@@ -93,8 +95,12 @@ def rotation() -> list[Any]:
     return optional("rotate")
 
 
-def flat(bits: int) -> list[Any]:
-    return optional("flat_quant", weight_bits=bits)
+def learned(bits: int, activation_bits: int | None = None) -> list[Any]:
+    return optional("rotate", method="learned", weight_bits=bits, activation_bits=activation_bits)
+
+
+def flat(bits: int, block: int = 0, activation_bits: int | None = None) -> list[Any]:
+    return optional("flat_transform", weight_bits=bits, activation_bits=activation_bits, block=block)
 
 
 # ---- one cell -----------------------------------------------------------------------------------------------------
@@ -197,7 +203,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--part", nargs="+", default=["weights", "w4a4"], choices=["weights", "w4a4"])
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
-    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--methods", nargs="+", help="only rows whose name holds one of these")
     parser.add_argument("--calibration", type=int, default=64, help="training sequences of 128 tokens")
     parser.add_argument("--held-out", type=int, default=64, help="held-out sequences of 128 tokens")

@@ -174,20 +174,41 @@ def layer_of(weight: Weight, power: np.ndarray | None, seed: int) -> Layer:
 def learn(layers: list[Layer], budget: float, steps: int) -> None:
     """Steps and dead zones with the least summed relative error of the layers within ``budget`` bits.
 
-    Adam on the error with a price on bits, which rises while the size is above the budget and falls below it.
+    Gradient descent along the surface of equal size: bits get the price at which a change of all steps together
+    neither helps nor hurts, and after every step all steps are scaled together until the size is the budget's again.
     """
     import torch
 
-    optimizer = torch.optim.Adam([p for layer in layers for p in (layer.log_step, layer.dead)], lr=0.05)
-    price = 1.0
-    for _ in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        size = torch.stack([layer.bits() for layer in layers]).sum()
+    numbers = sum(layer.count for layer in layers)
+    log_steps, dead = [layer.log_step for layer in layers], [layer.dead for layer in layers]
+    optimizer = torch.optim.Adam([*log_steps, *dead], lr=0.05)
+
+    def measured() -> torch.Tensor:
+        return torch.stack([layer.bits() for layer in layers]).sum()
+
+    def rescale() -> None:
+        for _ in range(8):
+            with torch.no_grad():
+                over = float(measured()) - budget
+                if abs(over) < 5e-3 * budget:
+                    return
+                for t in log_steps:  # a number costs one bit less when its step doubles
+                    t += max(min(math.log(2) * over / numbers, 1.0), -1.0)
+
+    rescale()
+    for i in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - i / steps) + 0.001
+        every = [*log_steps, *dead]
         error = torch.stack([layer.distortion() for layer in layers]).sum()
-        # In logarithms both terms have gradients of order one, whatever the scale of the error.
-        (torch.log(error + 1e-12) + price * torch.log(size / budget)).backward()
+        by_error = torch.autograd.grad(torch.log(error + 1e-12), every)
+        by_size = torch.autograd.grad(torch.log(measured()), every)
+        together = [float(torch.stack(list(g[: len(layers)])).sum()) for g in (by_error, by_size)]
+        price = -together[0] / together[1] if together[1] < 0 else 0.0
+        for t, e, b in zip(every, by_error, by_size, strict=True):
+            t.grad = e + max(price, 0.0) * b
         optimizer.step()
-        price = min(max(price * math.exp(0.5 * math.log(float(size.detach()) / budget)), 1e-3), 1e3)
+        rescale()
 
 
 def integers_of(weight: np.ndarray, step: float, edge: float) -> np.ndarray:
