@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...recover.layers import LinearOp
@@ -101,9 +102,30 @@ def _patches(op: LinearOp, x: Tensor, out: Tensor, picks: Tensor | None) -> Tens
     if op.node.op == "linear":
         flat = x.reshape(-1, x.shape[-1])
         return (flat if picks is None else flat[picks])[None]
-    windows = op.windows(x, out)
-    n = windows.dim() // 2 - 1
     assert picks is not None
-    index = torch.unravel_index(picks, (windows.shape[0], *windows.shape[2 : 2 + n]))
-    found = windows.movedim(1, 1 + n)[index]
-    return found.flatten(1).unflatten(1, (op.groups, -1)).transpose(0, 1)
+    if op.node.attrs["transposed"]:
+        windows = op.windows(x, out)
+        n = windows.dim() // 2 - 1
+        index = torch.unravel_index(picks, (windows.shape[0], *windows.shape[2 : 2 + n]))
+        found = windows.movedim(1, 1 + n)[index].flatten(1)
+    else:
+        found = _gathered(op, x, tuple(out.shape[2:]), picks)
+    return found.unflatten(1, (op.groups, -1)).transpose(0, 1)
+
+
+def _gathered(op: LinearOp, x: Tensor, places: tuple[int, ...], picks: Tensor) -> Tensor:
+    """Patches of the picked output positions, [R, C * taps]: one contiguous read of all channels per tap."""
+    attrs, w = op.node.attrs, op.weight.weight
+    assert w is not None
+    kernel, padding = w.shape[2:], list(attrs["padding"])
+    if any(lo or hi for lo, hi in padding):
+        x = F.pad(x, [int(p) for lo, hi in reversed(padding) for p in (lo, hi)])
+    sizes = x.shape[2:]
+    index = torch.unravel_index(picks, (x.shape[0], *places))
+    at = index[0][:, None]
+    for axis, (size, k) in enumerate(zip(sizes, kernel, strict=True)):
+        taps = torch.arange(k) * attrs["dilation"][axis]
+        position = index[1 + axis][:, None] * attrs["stride"][axis] + taps  # [R, k]
+        at = (at[:, :, None] * size + position[:, None, :]).flatten(1)
+    rows_of = x.movedim(1, -1).reshape(-1, x.shape[1])
+    return rows_of.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2).flatten(1)
