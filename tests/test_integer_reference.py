@@ -272,7 +272,56 @@ def test_a_graph_of_every_kernel_is_reproduced(front: str, ranges: str) -> None:
     assert Counter(kernel.op for kernel in executor.kernels.values()) == fused(artifact.profile())
     found = executor.run({graph.inputs[0].name: x.numpy()})[0]
     np.testing.assert_array_equal(found, artifact.run(x)[0])
+    assert fused(artifact.profile())["QLinearGlobalAveragePool"] == 1  # torch's exporter wrote a ReduceMean
     assert sqnr_db(net(x).detach().numpy(), found) > 15
+
+
+class Encoder(nn.Module):
+    """A transformer layer: attention in float, four linear layers that become integer products."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.first(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.second(x))))
+
+
+def test_the_integer_products_of_a_transformer_are_reproduced_from_what_the_runtime_feeds_them(tmp_path) -> None:
+    """Between them the runtime fuses float operators in its own way, so each product is checked on its own inputs."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Encoder(), Encoder()).eval(), torch.randn(2, 9, 32)
+    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    graph = quantized(load_onnx(program.model_proto), [x])
+    artifact = CPU.lower(graph, x, threads=1, path=tmp_path / "m.onnx")
+    executor = reference.Executor(graph)
+    assert Counter(kernel.op for kernel in executor.kernels.values()) == fused(artifact.profile())
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(artifact.path), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(tmp_path / "optimized.onnx")
+    products = [n for n in model.graph.node if n.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 8
+    inner = {name for n in products for name in (n.input[0], n.output[0])}
+    known = {v.name for v in model.graph.output}
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in sorted(inner - known))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    values = dict(zip(names, session.run(None, {session.get_inputs()[0].name: x.numpy()}), strict=True))
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in products:
+        a, w, a_scale, w_scale, a_zero, w_zero = (stored.get(n, values.get(n)) for n in node.input[:6])
+        left, right = k.Quantized(a, a_scale.reshape(()), a_zero.reshape(())), k.Quantized(w, w_scale, w_zero)
+        np.testing.assert_array_equal(k.qgemm_float(left, right), values[node.output[0]])
+    # As a whole: float operators computed one by one differ in last bits, which may move an integer by one.
+    assert sqnr_db(artifact.run(x)[0], executor.run({graph.inputs[0].name: x.numpy()})[0]) > 35
 
 
 @pytest.mark.parametrize("rank", [2, 3])

@@ -11,6 +11,7 @@ import torch
 from foldline.backends import Diagnostic, get, names
 from foldline.backends.base import Artifact
 from foldline.backends.check import check
+from foldline.backends.onnxruntime.session import provider_choices
 from foldline.graph.errors import BackendError, ConfigError, ConstraintError, ModelFileError
 from foldline.graph.fx import load_torch
 from foldline.graph.onnx import load_onnx
@@ -66,6 +67,57 @@ def test_quantized_graphs_become_integer_kernels_with_the_numbers_of_the_graph(f
     # Integer accumulation rounds once where the simulation rounds often: a tie may fall to the other side.
     assert sqnr_db(simulated, artifact.run(batches[0])[0]) > 35
     assert sqnr_db(model(batches[0]).detach().numpy(), artifact.run(batches[0])[0]) > 25
+
+
+def test_times_per_kernel_tell_what_runs() -> None:
+    model, batches = block()
+    graph = quantize(load_onnx(exported(model, batches[0])), batches)
+    artifact = CPU.lower(graph, batches[0], threads=1, entries={"session.intra_op.allow_spinning": "0"})
+    assert artifact.profile().times == [] and artifact.profile().by_op() == {}
+    profile = artifact.profile(runs=3)
+    assert {op for _, op, _ in profile.times} == set(profile.counts)
+    assert len(profile.times) == sum(profile.counts.values()) and all(ms >= 0 for _, _, ms in profile.times)
+    by_op = profile.by_op()
+    assert list(by_op.values()) == sorted(by_op.values(), reverse=True)
+    assert sum(by_op.values()) == pytest.approx(sum(ms for _, _, ms in profile.times))
+
+
+def test_options_of_providers_that_are_not_used_are_refused() -> None:
+    model, batches = block()
+    with pytest.raises(BackendError, match="not used"):
+        CPU.lower(load_onnx(exported(model, batches[0])), provider_options={"cuda": {"device_id": 0}})
+
+
+def test_provider_defaults_give_way_to_the_users(tmp_path) -> None:
+    names = ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    chosen = dict(provider_choices(names, {"tensorrt": {"trt_fp16_enable": False}}, tmp_path))
+    assert chosen["TensorrtExecutionProvider"]["trt_int8_enable"] is True
+    assert chosen["TensorrtExecutionProvider"]["trt_fp16_enable"] is False
+    assert chosen["TensorrtExecutionProvider"]["trt_engine_cache_path"] == str(tmp_path)
+    assert chosen["CPUExecutionProvider"] == {}
+
+
+def means(axes: str, keep: int) -> onnx.ModelProto:
+    weight = ", ".join("1.0" if i % 5 == 0 else "-0.5" for i in range(12))
+    return onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n, 4, 6, 6] x) => (float[n, 3, 1, 1] y) <float[3, 4, 1, 1] w = {{{weight}}}, int64[2] a = {{{axes}}}>
+        {{ c = Conv(x, w)  m = ReduceMean<keepdims = {keep}>(c, a)  y = Identity(m) }}"""
+    )
+
+
+@pytest.mark.parametrize(("axes", "fits"), [("2, 3", True), ("-1, -2", True), ("1, 2", False)])
+def test_spatial_means_run_as_global_pools(axes: str, fits: bool) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 4, 6, 6)).astype(np.float32)
+    model = means(axes, 1)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "c"
+    model.graph.output[0].type.tensor_type.shape.dim[3].dim_param = "w"
+    graph = load_onnx(model)
+    artifact = CPU.lower(graph, x)
+    assert ("GlobalAveragePool" in artifact.profile().counts) is fits
+    expected = np.asarray(graph.run({"x": x})[0][0])
+    np.testing.assert_allclose(artifact.run(x)[0], expected, rtol=1e-5, atol=1e-6)
+    assert "ReduceMean" in {n.origin for n in graph.nodes}  # the graph itself stays as it is
 
 
 def test_a_result_with_float_readers_still_leaves_through_q_alone() -> None:

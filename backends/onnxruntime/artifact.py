@@ -15,6 +15,7 @@ import onnx_ir as ir
 from ...graph.errors import BackendError, ConstraintError
 from ...graph.execute import to_numpy
 from ..base import Artifact
+from .node_times import kernel_times
 from .session import open_session, refused
 
 INTEGER_OPS = frozenset(
@@ -34,6 +35,7 @@ class Profile:
         integer: (name, op type) of nodes that compute in integers.
         float_matrix: (name, op type) of convolutions and matrix products left in float.
         quantize, dequantize: QuantizeLinear and DequantizeLinear nodes that remain.
+        times: (name, op type, milliseconds) of each kernel in order of execution, where they were measured.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -41,6 +43,14 @@ class Profile:
     float_matrix: list[tuple[str, str]] = field(default_factory=list)
     quantize: int = 0
     dequantize: int = 0
+    times: list[tuple[str, str, float]] = field(default_factory=list)
+
+    def by_op(self) -> dict[str, float]:
+        """Milliseconds per op type, the longest first; empty where no times were measured."""
+        total: dict[str, float] = {}
+        for _, op, ms in self.times:
+            total[op] = total.get(op, 0.0) + ms
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -80,6 +90,8 @@ class OnnxRuntimeArtifact(Artifact):
         self._folder = folder
         self._bind = bind
         self.notes: list[str] = []
+        self.entries: dict[str, str] = {}
+        self.provider_options: dict[str, dict[str, Any]] = {}
         self.input_names = [v.name for v in session.get_inputs()]
         self.output_names = [v.name for v in session.get_outputs()]
         self.providers = list(session.get_providers())
@@ -119,8 +131,14 @@ class OnnxRuntimeArtifact(Artifact):
             return dict(super().example())
         return self._example
 
-    def profile(self) -> Profile:
-        """Open the model once more, writing ONNX Runtime's rewritten graph, and sort its nodes.
+    def profile(self, runs: int = 0, inputs: Any = None) -> Profile:
+        """Which nodes became integer kernels, and (with ``runs``) how long each kernel takes.
+
+        The model is opened once more to write ONNX Runtime's rewritten graph, and again with its profiler.
+
+        Args:
+            runs: profiled calls; 0 measures no times.
+            inputs: one call's inputs; :meth:`example` when absent.
 
         Raises:
             BackendError: a provider compiled the graph, so that no ONNX graph can be written.
@@ -133,10 +151,23 @@ class OnnxRuntimeArtifact(Artifact):
                 "session.optimized_model_external_initializers_file_name": "optimized.data",
                 "session.optimized_model_external_initializers_min_size_in_bytes": "4096",
             }
-            open_session(source, self.providers, threads=self.threads, optimized=target, entries=entries)
+            open_session(
+                source,
+                self.providers,
+                threads=self.threads,
+                optimized=target,
+                entries={**self.entries, **entries},
+                provider_options=self.provider_options,
+            )
             if not target.exists():
                 raise BackendError("this provider writes no optimized graph", node=self.providers[0])
-            return sort_nodes(ir.load(target))
+            found = sort_nodes(ir.load(target))
+        if runs:
+            feeds = self.feeds(self.example() if inputs is None else inputs)
+            found.times = kernel_times(
+                source, feeds, self.providers, threads=self.threads, runs=runs, provider_options=self.provider_options
+            )
+        return found
 
 
 def sort_nodes(model: ir.Model) -> Profile:

@@ -54,6 +54,8 @@ class _OnnxRuntime(Backend):
         *,
         path: str | Path | None = None,
         threads: int | None = None,
+        provider_options: dict[str, dict[str, Any]] | None = None,
+        entries: dict[str, str] | None = None,
     ) -> OnnxRuntimeArtifact:
         """Save (if asked), open, and hand back the artifact.
 
@@ -63,13 +65,16 @@ class _OnnxRuntime(Backend):
             path: file to write (``.onnx``); weights above 1.9 GB go beside it. None keeps the model in memory,
                 or in a temporary file that lives as long as the artifact.
             threads: inside one operator; the cores of this process when None.
+            provider_options: options per provider (``{"tensorrt": {"trt_max_workspace_size": 1 << 30}}``), over
+                defaults that suit quantized files.
+            entries: session configuration entries of ONNX Runtime by key.
 
         Raises:
             BackendError: export failed, the provider is missing, or ONNX Runtime refuses the model.
         """
         names = providers(self.kind)
         model, notes = onnx_model(graph)
-        tune(model)
+        tune(model, graph.values if graph.kind == "onnx" else None)
         readable(model)
         folder: Any = None
         target = None if path is None else Path(path)
@@ -78,11 +83,18 @@ class _OnnxRuntime(Backend):
             target = Path(folder.name) / "model.onnx"
         if target is not None:
             save(model, target)
-        session = open_session(model if target is None else target, names, threads=threads)
+        session = open_session(
+            model if target is None else target,
+            names,
+            threads=threads,
+            entries=entries,
+            provider_options=provider_options,
+        )
         artifact = OnnxRuntimeArtifact(
             model, target, session, threads, _arguments(graph, example_inputs), folder, graph.bind
         )
         artifact.notes += notes
+        artifact.entries, artifact.provider_options = dict(entries or {}), dict(provider_options or {})
         return artifact
 
     def node_times(
@@ -115,7 +127,7 @@ def onnx_model(graph: Graph) -> tuple[ir.Model, list[str]]:
         model = found.clone() if isinstance(found, ir.Model) else ir.serde.deserialize_model(found)
     else:
         raise BackendError("only torch and ONNX graphs can be lowered", node=graph.name, found=type(graph).__name__)
-    tune(model)
+    tune(model, graph.values if graph.kind == "onnx" else None)
     return model, notes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,43 @@ def providers(kind: str) -> list[str]:
     return [p for p in wanted if p in available]
 
 
+def defaults(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """Options for one provider that suit the files foldline writes.
+
+    TensorRT: int8 and fp16 kernels allowed (Q/DQ pairs say where int8 applies), engines and timings kept beside the
+    model where there is a folder. CUDA: convolution algorithms by heuristic, which opens in seconds, not minutes.
+    """
+    if name == "TensorrtExecutionProvider":
+        cached = {} if folder is None else {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(folder),
+        }  # fmt: skip
+        return {"trt_int8_enable": True, "trt_fp16_enable": True, **cached}
+    if name == "CUDAExecutionProvider":
+        return {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    return {}
+
+
+def provider_choices(
+    names: Sequence[str], given: Mapping[str, Mapping[str, Any]] | None, folder: Path | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Providers with their options, the user's over the defaults; short names (``"cuda"``) will do.
+
+    Raises:
+        BackendError: options were given for a provider that is not among them.
+    """
+    short = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+    chosen = {short.get(key, key): dict(options) for key, options in (given or {}).items()}
+    wrong = sorted(set(chosen) - set(names))
+    if wrong:
+        raise BackendError(
+            "options for a provider that is not used", node=wrong[0], expected=", ".join(names), found=wrong[0]
+        )
+    return [(name, {**defaults(name, folder), **chosen.get(name, {})}) for name in names]
+
+
 def runtime() -> Any:
     """The onnxruntime module. Raises BackendError if it is not installed."""
     try:
@@ -64,8 +101,9 @@ def open_session(
     *,
     threads: int | None = None,
     optimized: Path | None = None,
-    entries: dict[str, str] | None = None,
+    entries: Mapping[str, str] | None = None,
     profile: Path | None = None,
+    provider_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """An InferenceSession with all of ONNX Runtime's rewrites on.
 
@@ -74,7 +112,8 @@ def open_session(
         provider_names: in order of preference.
         threads: inside one operator; the cores of this process when None.
         optimized: where to write the model as ONNX Runtime rewrote it.
-        entries: session configuration entries by key.
+        entries: session configuration entries by key, e.g. ``{"session.intra_op.allow_spinning": "0"}``.
+        provider_options: options per provider, over the defaults.
         profile: where to write the profile (a prefix), if one is to be taken.
 
     Raises:
@@ -96,8 +135,9 @@ def open_session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     source: Any = str(model) if isinstance(model, Path) else serialized(model)
+    chosen = provider_choices(provider_names, provider_options, model.parent if isinstance(model, Path) else None)
     try:
-        return ort.InferenceSession(source, options, providers=list(provider_names))
+        return ort.InferenceSession(source, options, providers=chosen)
     except Exception as exc:  # onnxruntime raises classes of its own that share only this base
         raise refused(exc) from exc
 

@@ -1,19 +1,25 @@
-"""Rewrites of the lowered model into operators for which ONNX Runtime has better kernels; the function stays the same."""
+"""Rewrites of the lowered model into operators that ONNX Runtime runs faster; the function stays the same."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
+from ...graph.ir import Value
 
-def tune(model: ir.Model) -> int:
+
+def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
     """Rewrite in place; returns how many nodes were.
+
+    ``values``: what is known of values by name, where the model itself says less (files without inner shapes).
 
     ReduceMean over all spatial axes becomes GlobalAveragePool: torch's exporter writes the former for adaptive pools,
     the runtime has an integer kernel and a blocked layout for the latter alone.
     """
     done = 0
     for node in list(model.graph.all_nodes()):
-        if node.domain in ("", "ai.onnx") and node.op_type == "ReduceMean" and _spatial(node):
+        if node.domain in ("", "ai.onnx") and node.op_type == "ReduceMean" and _spatial(node, values or {}):
             pool = ir.Node("", "GlobalAveragePool", [node.inputs[0]], num_outputs=1, name=node.name)
             old, new = node.outputs[0], pool.outputs[0]
             new.shape, new.type, new.name = old.shape, old.type, old.name
@@ -28,12 +34,17 @@ def tune(model: ir.Model) -> int:
     return done
 
 
-def _spatial(node: ir.Node) -> bool:
+def _spatial(node: ir.Node, values: Mapping[str, Value]) -> bool:
     """Whether it averages floats over exactly the axes behind the second, and keeps them."""
     x = node.inputs[0]
-    if x is None or x.shape is None or x.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+    if x is None:
         return False
-    rank = len(x.shape)
+    known = values.get(x.name or "")
+    rank, dtype = (known.rank, known.dtype) if known is not None else (None, "")
+    if x.shape is not None and x.dtype is not None:
+        rank, dtype = len(x.shape), {"FLOAT": "float32", "FLOAT16": "float16"}.get(x.dtype.name, "")
+    if rank is None or dtype not in ("float32", "float16"):
+        return False
     if rank < 3 or node.attributes.get_int("keepdims", 1) != 1:
         return False
     axes = _axes(node)
