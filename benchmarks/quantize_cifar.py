@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,6 @@ from support.data import cifar10, trained_resnet
 BATCH = 100
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 Model = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass
-class Row:
-    """One quantized network: who made it, how good it is, how long that took."""
-
-    tool: str
-    recipe: str
-    accuracy: float
-    sqnr: float
-    seconds: float
-    note: str = ""
 
 
 def judge(model: Model, reference: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
@@ -94,11 +80,14 @@ def ours(depth: int, bits: tuple[int, int], data: list[torch.Tensor], args: argp
 
 def nncf_models(depth: int, bits: tuple[int, int], data: list[torch.Tensor], args: argparse.Namespace) -> Iterator[Any]:
     """nncf's post-training quantization, with fast and with full bias correction."""
-    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "1500")
     import nncf
     from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPULoader
+    from nncf.torch.quantization.reference import ReferenceQuantizedFunctions
 
     nncf.set_log_level(40)
+    if not args.nncf_native:  # nncf's own fallback in torch: the same numbers, and nothing has to be compiled
+        QuantizedFunctionsCPULoader.load = classmethod(lambda cls: ReferenceQuantizedFunctions)
     narrow = bits != (8, 8)
     advanced = None
     ignored = None
@@ -179,26 +168,46 @@ def _quantizer(bits: tuple[int, int]) -> Any:
     return Narrow()
 
 
-def mixed(depth: int, data: list[torch.Tensor], args: argparse.Namespace, score: Callable[[Any], Any]) -> list[str]:
-    """Weights of 2 to 8 bits per layer against uniform 4 bits at the same bytes, activations of 8 bits, GPTQ for both."""
-    from foldline.passes.quantize.bits import MixedPrecision
+def mixed(depth: int, data: list[torch.Tensor], args: argparse.Namespace, score: Callable[[Any], Any]) -> None:
+    """Weights of 2 to 8 bits per layer against uniform ones at the same bytes; activations of 8 bits, GPTQ for both."""
+    print(
+        f"\nResNet-{depth}, weights at equal bytes (A8, GPTQ, all layers)\n\n"
+        "| bits | accuracy | SQNR dB |\n|---|---|---|"
+    )
+    for bits in args.mixed:
+        choices: dict[str, dict[str, Any]] = {
+            f"uniform {bits}": {"weight_bits": bits},
+            f"mixed, {bits} on average": {"bits": {"budget": float(bits), "choices": (2, 3, 4, 5, 6, 8)}},
+        }
+        for name, options in choices.items():
+            passes = [P.Fold(), P.Quantize(target=args.target, calibration=data, rounding="gptq", **options)]
+            model = fl.Pipeline(passes).run(trained_resnet(depth), data[0], verify=False).model
+            accuracy, sqnr = score(model)
+            print(f"| {name} | {accuracy:.2f} | {sqnr:.2f} |", flush=True)
 
-    lines = [
-        "",
-        f"ResNet-{depth}, weights at equal bytes (A8, GPTQ)",
-        "",
-        "| bits | accuracy | SQNR dB |",
-        "|---|---|---|",
-    ]
-    for name, options in (
-        ("uniform 4", {"weight_bits": 4}),
-        ("mixed", {"bits": MixedPrecision(**args.mixed_options)}),
-    ):
-        passes = [P.Fold(), P.Quantize(target=args.target, calibration=data, rounding="gptq", **options)]
-        model = fl.Pipeline(passes).run(trained_resnet(depth), data[0], verify=False).model
-        accuracy, sqnr = score(model)
-        lines.append(f"| {name} | {accuracy:.2f} | {sqnr:.2f} |")
-    return lines
+
+def vision_transformer(args: argparse.Namespace) -> None:
+    """SQNR of W8A8 on a ViT-tiny with random weights (no trained ones are at hand), CIFAR images enlarged to 224."""
+    from support.timm_models import timm
+
+    torch.manual_seed(0)
+    model = timm().create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    images = torch.nn.functional.interpolate(cifar10("test", 64)[0], size=(224, 224), mode="bilinear")
+    data = list(images[:32].split(8))
+    with torch.no_grad():
+        reference = torch.cat([model(x) for x in images[32:].split(8)]).double()
+    print("\nViT-tiny/16 at 224, random weights, W8A8\n\n| target | recipe | SQNR dB | seconds |\n|---|---|---|---|")
+    for target in (args.target, "onnxruntime-cpu"):
+        for recipe, options in (("default", {}), ("GPTQ", {"rounding": "gptq"})):
+            began = time.perf_counter()
+            passes = [P.Fold(), P.Quantize(target=target, calibration=data, **options)]
+            quantized = fl.Pipeline(passes).run(model, data[0], verify=False).model
+            seconds = time.perf_counter() - began
+            with torch.no_grad():
+                found = torch.cat([quantized(x) for x in images[32:].split(8)]).double()
+            noise = float((found - reference).square().sum())
+            sqnr = 10 * float(np.log10(float(reference.square().sum()) / max(noise, 1e-30)))
+            print(f"| {target} | {recipe} | {sqnr:.2f} | {seconds:.1f} |", flush=True)
 
 
 def version(name: str) -> str:
@@ -221,6 +230,9 @@ def main() -> int:
     parser.add_argument("--calibration", type=int, default=512, help="training images to calibrate on")
     parser.add_argument("--steps", type=int, default=200, help="steps of block reconstruction per block")
     parser.add_argument("--target", default="inductor-cpu", help="whose placement foldline uses")
+    parser.add_argument("--mixed", type=int, nargs="*", default=[], help="average bits to compare with uniform ones")
+    parser.add_argument("--vit", action="store_true", help="also a ViT-tiny with random weights")
+    parser.add_argument("--nncf-native", action="store_true", help="let nncf compile its own kernels")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -250,7 +262,11 @@ def main() -> int:
                         )
                 except ImportError as exc:
                     print(f"| {setting} | {tool} | left out: {exc} | | | |", flush=True)
+        if args.mixed:
+            mixed(depth, data, args, lambda model: judge(model, reference, images, labels))  # noqa: B023
         print()
+    if args.vit:
+        vision_transformer(args)
     return 0
 
 
