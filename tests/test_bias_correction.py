@@ -1,4 +1,4 @@
-"""BiasCorrection: mean outputs of every layer are the float model's again, on torch and ONNX, int32 and float biases."""
+"""BiasCorrection: the mean output of every layer is the float model's again, on torch and on ONNX."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ class NormTweak(Pass):
     In one walk through both models, in order of execution, the loss of each norm's output is the sum over channels of
     |mean_q - mean_float| + |var_q - var_float|, taken over all tokens or positions. Its minimum is known: with
     s = sd_float / sd_q and t = mean_float - s mean_q the tweaked norm gives s y + t, so gain *= s and
-    bias = s bias + t, and the loss is zero. Without a bias (RMSNorm) only s is free: the least of the loss over
-    {1, mean_float / mean_q, sd ratio, |mean_q| / (2 var_q)}, which contain it. Every other tensor keeps its bytes, no
-    operator is added. Where everything is 16 bit or finer nothing moves by more than rounding. Source: "Norm
+    bias = s bias + t, and the loss is zero. Without a bias (RMSNorm) only s is free, and its best
+    value is one of a few candidates (:func:`gain_only`). Gains move by at most a factor of 2. Every other tensor keeps
+    its bytes, no operator is added. At 16 bits or more nothing moves by more than rounding. Source: "Norm
     Tweaking: High-performance Low-bit Quantization of Large Language Models" (its gradient steps replaced by the
     closed form).
 
@@ -110,11 +110,13 @@ def affine(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.ndar
 def gain_only(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.ndarray) -> np.ndarray:
     """The s > 0 per channel with the least |s mean_q - mean_float| + |s^2 var_q - var_float|.
 
-    The loss is piecewise quadratic in s: its least value lies at a kink or where the derivative of a piece vanishes.
+    The loss is piecewise quadratic in s: its least value within [1/2, 2] lies at an end, at a kink, or where the
+    derivative of a piece vanishes.
     """
     one = np.ones_like(mu_f)
     with np.errstate(divide="ignore", invalid="ignore"):
-        candidates = np.stack([one, mu_f / mu_q, np.sqrt(var_f / var_q), np.abs(mu_q) / (2 * var_q)])
+        inner = [mu_f / mu_q, np.sqrt(var_f / var_q), np.abs(mu_q) / (2 * var_q)]
+        candidates = np.stack([one, one / MOST, one * MOST, *inner])
     candidates = np.clip(np.where(np.isfinite(candidates) & (candidates > 0), candidates, 1.0), 1 / MOST, MOST)
     losses = np.abs(candidates * mu_q - mu_f) + np.abs(candidates**2 * var_q - var_f)
     return np.asarray(np.take_along_axis(candidates, losses.argmin(0)[None], 0)[0])
