@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -290,3 +292,13 @@ def test_unknown_names_and_options_are_named() -> None:
         estimator("entropy", percentile=99)
     with pytest.raises(ConfigError, match="no such percentile"):
         estimator("percentile", percentile=20)
+
+
+def test_the_example_of_the_docs_runs() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "ranges.md").read_text()
+    exec(compile(text.split("```python")[1].split("```")[0], "ranges.md", "exec"), {})
+
+
+def test_the_docs_name_every_estimator() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "ranges.md").read_text()
+    assert all(f"| `{name}` |" in text for name in RANGES)
