@@ -70,12 +70,15 @@ class FXEdits(FXView):
 
     def add_weight(self, name: str, data: np.ndarray, *, trainable: bool = False) -> Value:
         """See Graph.add_weight. A trainable tensor becomes a parameter, any other a buffer."""
-        taken = {a for w in self.weights.values() for a in w.aliases} | set(self.values)
-        taken |= {n for n, _ in self.state_tensors()}
+        taken = self._stored_names
+        if taken is None:  # once per graph: a quantizer adds thousands
+            taken = {a for w in self.weights.values() for a in w.aliases} | {n for n, _ in self.state_tensors()}
         unique, k = name, 1
-        while unique in taken:
+        while unique in taken or unique in self.values or unique in self.weights:
             k += 1
             unique = f"{name}_{k}"
+        taken.add(unique)
+        self._stored_names = taken
         tensor = from_numpy(data)
         anchor = next((t for t in self.tensors.values()), None)
         if anchor is not None:
@@ -88,6 +91,9 @@ class FXEdits(FXView):
             node = self.fx.get_attr(unique)
         node.meta["val"] = meta_of(self.mode, tensor)
         return self._new_weight(node, unique)
+
+    _stored_names: set[str] | None = None
+    _last_stored: fx.Node | None = None
 
     def _first_call(self) -> fx.Node:
         return next(n for n in self.fx.nodes if n.op not in ("placeholder", "get_attr"))
