@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .quantize.archive import Archive, read_archive
     from .quantize.archive.compress_weights import CompressWeights
     from .quantize.archive.vq_weights import VQWeights
+    from .quantize.cache import QuantizeCache
     from .quantize.correct.bias import BiasCorrection
     from .quantize.correct.bn_retune import BnRetune
     from .quantize.correct.norm_tweak import NormTweak
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     prune_iteratively: Callable[..., Result]
     qat: Callable[..., Result]
     quantize: Callable[..., Result]
+    quantize_cache: Callable[..., Result]
     recover: Callable[..., Result]
     reinitialize: Callable[..., Result]
     reparametrize: Callable[..., Result]
@@ -143,6 +145,7 @@ __all__ = [
     "PruneIteratively",
     "Quantize",
     "QuantizeAware",
+    "QuantizeCache",
     "Recover",
     "Reinitialize",
     "Reparametrize",
@@ -198,6 +201,7 @@ __all__ = [
     "prune_iteratively",
     "qat",
     "quantize",
+    "quantize_cache",
     "read_archive",
     "recover",
     "regularize",

@@ -27,6 +27,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "keep_faster": (".quantize.keep_faster", "KeepFaster"),
     "qat": (".quantize.qat.qat_pass", "QuantizeAware"),
     "freeze_quantized": (".quantize.qat.freeze_pass", "FreezeQuantized"),
+    "quantize_cache": (".quantize.cache", "QuantizeCache"),
     "weight_only": (".quantize.weight_only", "WeightOnly"),
     "finetune_quantized": (".quantize.finetune_quantized", "FinetuneQuantized"),
     "compress_weights": (".quantize.archive.compress_weights", "CompressWeights"),

@@ -15,6 +15,7 @@ from foldline.graph.onnx import load_onnx
 from foldline.passes.base import Context
 from foldline.passes.quantize.formats import format_of
 from foldline.passes.quantize.weight_only import WeightOnly
+from support.data import cifar10, trained_resnet
 from torch import nn
 
 
@@ -117,7 +118,8 @@ def test_packed_codes_equal_the_decoded_model(front: str, name: str, options: di
 @pytest.mark.parametrize(
     ("name", "options", "dtype"),
     [("int", {"bits": 4, "block": 16}, "uint4"), ("int", {"bits": 4, "symmetric": True, "block": 32}, "int4"),
-     ("int", {"bits": 8, "block": 0}, "uint8"), ("fp8", {"block": 0}, "float8_e4m3fn"), ("int16", {"block": 0}, "int16")],
+     ("int", {"bits": 8, "block": 0}, "uint8"), ("fp8", {"block": 0}, "float8_e4m3fn"),
+     ("int16", {"block": 0}, "int16")],
     ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
 def test_dequantize_linear_equals_the_decoded_model(name: str, options: dict[str, Any], dtype: str) -> None:
@@ -242,3 +244,26 @@ def test_bad_options_are_refused_before_anything_runs() -> None:
         quantized(loaded("fx"), ignore=("nowhere",))
     with pytest.raises(ConfigError, match="needs calibration"):
         WeightOnly(method="gptq").apply(loaded("fx"), Context())
+
+
+# ---- a real network -----------------------------------------------------------------------------------------------
+@pytest.mark.data
+@pytest.mark.slow
+def test_power_exponents_beat_uniform_grids_on_resnet20_at_four_bits() -> None:
+    from foldline import passes as P
+
+    images, labels = cifar10("test", 1000)
+    program = P.fold(trained_resnet(20), images[:2]).model
+    with torch.no_grad():
+        reference = program(images)
+    quality, right = {}, {}
+    for name in ("int", "power"):
+        graph = load_torch(program, images[:2])
+        outcome = quantized(graph, format=name, bits=4, block=0, symmetric=True, convolutions=True)
+        assert outcome.details["weights"] == 20
+        with torch.no_grad():
+            found = graph.to_model()(images)
+        quality[name] = 10 * float(torch.log10(reference.square().sum() / (found - reference).square().sum()))
+        right[name] = float((found.argmax(1) == labels).float().mean())
+    assert quality["power"] > quality["int"] + 1
+    assert right["power"] >= right["int"]
