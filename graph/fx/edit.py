@@ -147,6 +147,7 @@ class FXEdits(FXView):
             slot = (spec.operands[-1][0], position)
         else:
             raise ConstraintError("no such operand", node=node.name, value=position, expected=f"< {len(spec.operands)}")
+        old = node.input(position)
         new = None if value is None else self.fx_value(value)
         if value is None and slot[1] is not None:
             items = list(call.get(slot[0]))
@@ -167,7 +168,7 @@ class FXEdits(FXView):
         tensor_operands(Call(node.native))
         self._dirty.add(node.native)
         self._resync(node)
-        self._drop_unused_weights()
+        self._drop_unused([old])
 
     def _check_order(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -208,7 +209,7 @@ class FXEdits(FXView):
                 tensor_operands(Call(user))
                 self._dirty.add(user)
                 self._resync(self._node_of[user])
-        self._drop_unused_weights()
+        self._drop_unused([old])
 
     def _last_node_before_output(self) -> Node | None:
         return self.nodes[-1] if self.nodes else None
@@ -297,19 +298,31 @@ class FXEdits(FXView):
         self._dirty.discard(node.native)
         self.fx.erase_node(node.native)
         self.nodes.remove(node)
+        self._drop_unused(node.inputs)
         self._drop_unused_weights()
+
+    def _drop_unused(self, values: Iterable[Value | None]) -> None:
+        """Forget the stored tensors among these values, which have just lost a reader, if it was the last."""
+        for value in values:
+            weight = None if value is None else value.weight
+            if weight is not None and self.weights.get(weight.name) is weight:
+                self._seen_used.add(weight.name)
+                self._drop_if_unused(weight)
 
     def _drop_unused_weights(self) -> None:
         for weight in list(self.weights.values()):
-            value = weight.value
-            assert value is not None
-            if value.native.users:
-                self._seen_used.add(weight.name)
-            elif weight.name in self._seen_used and not value.is_output:
-                del self.weights[weight.name], self.tensors[weight.name]
-                self.values.pop(value.name, None)
-                self._value_of.pop(value.native, None)
-                self.fx.erase_node(value.native)
+            self._drop_if_unused(weight)
+
+    def _drop_if_unused(self, weight: Weight) -> None:
+        value = weight.value
+        assert value is not None
+        if value.native.users:
+            self._seen_used.add(weight.name)
+        elif weight.name in self._seen_used and not value.is_output:
+            del self.weights[weight.name], self.tensors[weight.name]
+            self.values.pop(value.name, None)
+            self._value_of.pop(value.native, None)
+            self.fx.erase_node(value.native)
 
     # ---- shapes ----------------------------------------------------------------------------------------------
     def refresh(self) -> None:
