@@ -193,7 +193,7 @@ def kronecker_case(tokens: int, n1: int, n2: int) -> Case:
 
     return Case(
         "kronecker_quantize", f"{tokens} x ({n1} x {n2})",
-        lambda: torch.ops.foldline.kronecker_quantize(x, left, right, 127),
+        lambda: torch.ops.foldline.kronecker_quantize(x, left, right, -127, 127, None),
         lambda: (a.double().t() @ (x.double().reshape(-1, n1, n2) @ b.double())).reshape(tokens, -1),
         2e-2, 2 * tokens * n1 * n2 * (n1 + n2), "bf16", 3 * tokens * n1 * n2 + 4 * tokens, {"bf16": plain},
         lambda y: y[0].double() * y[1].double(),

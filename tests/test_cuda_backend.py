@@ -12,7 +12,8 @@ import pytest
 import torch
 from foldline.backends import get
 from foldline.backends.cuda import ops
-from foldline.backends.cuda.plan import Options, plan
+from foldline.backends.cuda.plan import plan
+from foldline.backends.cuda.substitution import Options
 from foldline.graph.errors import BackendError, ConfigError
 from foldline.graph.fx import load_torch
 from foldline.graph.onnx import load_onnx
@@ -265,6 +266,30 @@ def test_sparse_weights_and_softmax_on_request() -> None:
     model.b.weight.data[:, :16] = 0
     dense = CUDA.lower(load_torch(model, x), dtype="bfloat16", sparse24=True, package=False)
     assert any("the weight is not 2:4" in note for note in dense.notes)
+
+
+def test_the_products_of_a_kronecker_transform_are_fused_with_the_quantization_behind_them() -> None:
+    from foldline.passes.transform.affine import insert_kronecker
+    from foldline.passes.transform.boundary import environment, find_boundaries
+    from foldline.passes.transform.common import sites_of
+
+    model, batches = mlp()
+    graph = load_torch(model, batches[0])
+    context = Context(calibration=batches, backends=get)
+    g = np.random.default_rng(0)
+    left, right = np.eye(8) + 0.2 * g.standard_normal((8, 8)), np.eye(8) + 0.2 * g.standard_normal((8, 8))
+    site = next(
+        s for s in sites_of(find_boundaries(graph), []) if "linear_1" in {n.name for n, _ in s.boundary.readers}
+    )
+    inverses = [np.linalg.inv(m).T for m in (left, right)]
+    made = insert_kronecker(graph, environment(graph, context), site.boundary, left, right, *inverses, "flat")
+    assert isinstance(made, list)
+    graph.refresh()
+    Quantize(target="cuda", ignore=made).apply(graph, context)
+    artifact = CUDA.lower(graph, package=False)
+    assert called(artifact).count("foldline.kronecker_quantize") == 1 and "aten.matmul" not in called(artifact)
+    assert difference(simulated(graph, batches[0]), artifact.run(batches[0])[0])[1] < 2e-2  # ties may fall differently
+    assert sqnr_db(simulated(graph, batches[0]), artifact.run(batches[0])[0]) > 45
 
 
 # ---- inductor ---------------------------------------------------------------------------------------------------

@@ -84,11 +84,15 @@ def test_sign_planes_are_packed_as_the_binary_format_packs_them() -> None:
 def test_kronecker_quantize(name: str) -> None:
     a = CASES[name][1]
     y = kc.kronecker_formula(a)
-    q, scale = F.kronecker_quantize(a["x"], a["left"], a["right"], a["levels"])
+    q, scale = F.kronecker_quantize(a["x"], a["left"], a["right"], -a["levels"], a["levels"], a["scale"])
+    assert scale.shape == (*a["x"].shape[:-1], 1)
+    if a["scale"] is not None:
+        assert np.abs(kc.wide(q) - np.clip(np.rint(y / 0.3), -127, 127)).max() <= 1 and (scale == a["scale"]).all()
+        return
     narrow = a["x"].dtype != torch.float32
     back = kc.wide(q) * kc.wide(scale)
     assert np.abs(back - y).max() <= np.abs(y).max() / a["levels"] * (1.1 if narrow else 0.501)
-    assert scale.shape == (*a["x"].shape[:-1], 1) and int(q.abs().max()) == a["levels"]
+    assert int(q.abs().max()) == a["levels"]
 
 
 @pytest.mark.parametrize("name", of("softmax"))
@@ -163,7 +167,8 @@ def arguments() -> dict[str, tuple[Any, ...]]:
         "fp8_linear": (x.to(FP8), torch.randn(19, 100).to(FP8), one, ws, None, "none", torch.bfloat16),
         "sparse24_linear": (x.bfloat16(), values, indices, bias, 19, "relu"),
         "binary_linear": (x, ops.pack_signs(torch.randn(3, 19, 100)), torch.rand(3, 19, 4), bias, 32),
-        "kronecker_quantize": (torch.randn(4, 96), torch.randn(12, 12), torch.randn(8, 8), 127),
+        "kronecker_quantize": (torch.randn(4, 96), torch.randn(12, 12), torch.randn(8, 8), -127, 127, None),
+        "kronecker_quantize ": (torch.randn(4, 96), torch.randn(12, 12), torch.randn(8, 8), -8, 7, one),
         "two_pass_softmax": (x, 1),
     }
 
@@ -200,7 +205,7 @@ def test_no_rows_give_no_rows(name: str) -> None:
         ("int4_linear", 0, torch.zeros(4, 200), "does not fit x"),
         ("binary_linear", 4, 12, "multiple of 8"),
         ("kronecker_quantize", 2, torch.randn(9, 9), "are not 12 x 9"),
-        ("kronecker_quantize", 3, 128, "1..127"),
+        ("kronecker_quantize", 4, 128, "around 0"),
         ("sparse24_linear", 0, torch.zeros(4, 100), "one dtype"),
         ("two_pass_softmax", 1, 2, "no axis"),
     ],
@@ -227,7 +232,14 @@ class _Hopper:
 
 @pytest.mark.parametrize(
     ("name", "kernels"),
-    [("int8_linear ", 1), ("int4_linear", 1), ("binary_linear", 2), ("kronecker_quantize", 1), ("two_pass_softmax", 1)],
+    [
+        ("int8_linear ", 1),
+        ("int4_linear", 1),
+        ("binary_linear", 2),
+        ("kronecker_quantize", 1),
+        ("kronecker_quantize ", 1),
+        ("two_pass_softmax", 1),
+    ],
 )
 def test_on_cuda_tensors_a_compiler_sees_the_kernels_and_what_they_write(
     name: str, kernels: int, monkeypatch: pytest.MonkeyPatch

@@ -88,7 +88,8 @@ class Cuda(_TorchBackend):
 
     def check(self, graph: Graph) -> list[Diagnostic]:
         """What becomes of every quantized product: an operator of this backend, or why not."""
-        from .plan import Options, plan
+        from .plan import plan
+        from .substitution import Options
 
         try:
             found = plan(as_fx(graph), Options())
@@ -136,8 +137,9 @@ class Cuda(_TorchBackend):
         import torch
 
         from .module import flat_module, substitute
-        from .plan import Options, described, plan
+        from .plan import described, plan
         from .precision import narrow_products
+        from .substitution import Options
 
         where = _device(device)
         fx_graph = as_fx(graph)

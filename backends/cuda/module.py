@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from ...graph.errors import BackendError
-from .plan import Operand, Plan
+from .substitution import Operand, Plan
 
 if TYPE_CHECKING:
     from ...graph.fx import FXGraph
@@ -57,6 +58,8 @@ def substitute(module: fx.GraphModule, found: Plan) -> None:
         with native.inserting_before(target):
             args = tuple(_argument(module, named, f"{s.node.name}_{s.op}_{i}", a) for i, a in enumerate(s.args))
             made = native.call_function(overload, args)
+            if s.item is not None:
+                made = native.call_function(operator.getitem, (made, s.item))
             if not s.native:
                 made = native.call_function(torch.ops.aten.to.dtype, (made, _dtype(s.result.dtype)))
         written = [made]

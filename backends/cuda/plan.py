@@ -3,82 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...graph.ir import Node, Value
+from .chains import activation_behind, kronecker, only_reader, requantized_behind, two_pass
 from .constants import Constants
+from .substitution import Operand, Options, Plan, Substitution
 from .weights import ScaledIntegers, SignPlanes, dequantized, looked_up
 
 if TYPE_CHECKING:
     from ...graph.fx import FXGraph
-
-COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FUSED = {"relu": "relu", "silu": "silu"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the substitution depends on.
-
-    Attributes:
-        dtype: of float matrix products and of what the operators give.
-        sparse24: put 2:4 weights on the sparse tensor cores (16-bit types only).
-        two_pass_softmax: use the two-pass softmax.
-    """
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    sparse24: bool = False
-    two_pass_softmax: bool = False
-
-    @property
-    def compute(self) -> torch.dtype:
-        return COMPUTE[self.dtype]
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A value of the graph as an argument: cast to a type, or uint8 shifted by 128 into int8."""
-
-    value: Value
-    dtype: torch.dtype | None = None
-    shift: bool = False
-
-
-@dataclass(frozen=True)
-class Substitution:
-    """One call that takes the place of a few nodes.
-
-    Attributes:
-        node: the matrix product (or softmax) it stands for.
-        result: the value that it replaces.
-        op: name in ``torch.ops.foldline``.
-        args: in the operator's order: operands, stored tensors, plain data.
-        native: whether the call's result has the type of ``result`` already (else it is cast back).
-        about: one line for reports.
-    """
-
-    node: Node
-    result: Value
-    op: str
-    args: tuple[Any, ...]
-    native: bool
-    about: str
-
-
-@dataclass
-class Plan:
-    """Substitutions in the order of the graph; ``left`` says why a quantized product stays as it is."""
-
-    substitutions: list[Substitution] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def covered(self) -> set[str]:
-        """Names of the nodes replaced."""
-        return {s.node.name for s in self.substitutions}
 
 
 def plan(graph: FXGraph, options: Options) -> Plan:
@@ -92,8 +29,10 @@ def plan(graph: FXGraph, options: Options) -> Plan:
             made = _nbits(constants, node, options)
         elif node.op == "conv":
             made = _why_not_conv(constants, node)
+        elif node.op == "quantize":
+            made = kronecker(constants, node, options)
         elif node.op == "softmax" and options.two_pass_softmax:
-            made = _softmax(node)
+            made = two_pass(node)
         else:
             continue
         if isinstance(made, Substitution):
@@ -151,7 +90,7 @@ def _bias(constants: Constants, node: Node) -> Bias | str:
         if data is None or data.ndim != 1 or data.numel() != n:
             return "its bias is computed, or not one number per output"
         return Bias(value, data.float(), node.output)
-    reader = _only_reader(node.output)
+    reader = only_reader(node.output)
     if reader is not None and reader.op == "add" and reader.attrs.get("alpha", 1) == 1:
         others = [v for v in reader.inputs if v is not None and v is not node.output]
         data = constants.get(others[0]) if len(others) == 1 else None
@@ -182,7 +121,7 @@ def _both(
         return "its weight has zero points; with a quantized input kernels take symmetric weights"
     if floating != (q.dtype == "float8_e4m3fn"):
         return f"its input is {q.dtype} and its weight {weight.codes.dtype}"
-    last, activation = _activation(bias.behind)
+    last, activation = activation_behind(bias.behind)
     ws = weight.scales.squeeze(1).contiguous()
     xs = scale.float().reshape(())
     if floating:
@@ -199,7 +138,7 @@ def _both(
     if offset is not None and int(offset.abs().max()) >= 2**31:
         return "its zero point times the sum of its weights does not fit into int32"
     offset = None if offset is None else offset.to(torch.int32)
-    result, out_scale = _requantized(constants, last)
+    result, out_scale = requantized_behind(constants, last)
     args = (
         Operand(q, shift=unsigned),
         weight.codes,
@@ -233,7 +172,7 @@ def _weight_only(node: Node, x: Value, weight: ScaledIntegers, bias: Bias, optio
         return "only its weight is quantized, to more than 16 levels: it is dequantized before a float product"
     from .ops.int4 import pack_int4
 
-    last, activation = _activation(bias.behind)
+    last, activation = activation_behind(bias.behind)
     codes, zeros = made
     scales = weight.scales.t().contiguous()
     args = (
@@ -287,7 +226,7 @@ def _sparse(
     bias = _bias(constants, node)
     if isinstance(bias, str):
         return bias
-    last, activation = _activation(bias.behind)
+    last, activation = activation_behind(bias.behind)
     values, indices = compress24(dense.to(options.compute))
     args = (Operand(x, options.compute), values, indices, bias.data, dense.shape[0], activation)
     return Substitution(node, last, "sparse24_linear", args, False, "2:4 weight on sparse tensor cores")
@@ -316,45 +255,6 @@ def _why_not_conv(constants: Constants, node: Node) -> str:
     if operands and operands[-1].producer is not None and operands[-1].producer.op == "dequantize":
         return "there is no integer convolution here: it is dequantized before a float convolution (TensorRT has one)"
     return ""
-
-
-def _softmax(node: Node) -> Substitution | str:
-    x, axis = node.input(0), node.attrs.get("axis")
-    if x is None or axis is None or x.dtype not in COMPUTE or x.dtype != node.output.dtype:
-        return "the two-pass softmax takes a float input of the result's type"
-    return Substitution(node, node.output, "two_pass_softmax", (Operand(x), int(axis)), True, "two-pass softmax")
-
-
-def _only_reader(value: Value) -> Node | None:
-    """The single node that reads a value which nobody else needs."""
-    if value.is_output or value.native is None or len(value.native.users) != 1:
-        return None
-    return next((n for n, _ in value.uses), None)
-
-
-def _activation(value: Value) -> tuple[Value, str]:
-    """(the value behind the activation fused, its name): the value itself where none follows directly."""
-    reader = _only_reader(value)
-    if reader is None or reader.output.dtype != value.dtype:
-        return value, "none"
-    if reader.op in FUSED:
-        return reader.output, FUSED[reader.op]
-    if reader.op == "gelu":
-        return reader.output, "gelu_tanh" if reader.attrs.get("approximate") == "tanh" else "gelu"
-    return value, "none"
-
-
-def _requantized(constants: Constants, value: Value) -> tuple[Value, torch.Tensor | None]:
-    """(the int8 value behind a symmetric per-tensor quantize, its scale), or (value, None)."""
-    reader = _only_reader(value)
-    if reader is None or reader.op != "quantize" or reader.output.dtype != "int8" or reader.attrs.get("block"):
-        return value, None
-    if reader.attrs.get("dtype") != "int8":
-        return value, None
-    scale, zero = constants.get(reader.input(1)), constants.get(reader.input(2))
-    if scale is None or scale.numel() != 1 or (reader.input(2) is not None and (zero is None or bool(zero.any()))):
-        return value, None
-    return reader.output, scale.float().reshape(())
 
 
 def described(found: Plan) -> Iterator[str]:

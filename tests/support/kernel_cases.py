@@ -91,6 +91,7 @@ def case_inputs() -> dict[str, tuple[str, dict[str, Any]]]:
                     "left": normal(n1, n1),
                     "right": normal(n2, n2),
                     "levels": 127 if n1 != 32 else 7,
+                    "scale": torch.tensor(0.3) if n1 == 3 else None,
                 },
             )
     for scale in SOFTMAX:
@@ -148,8 +149,10 @@ def run_dot(a: dict[str, Any]) -> list[torch.Tensor]:
 def run_kronecker(a: dict[str, Any]) -> list[torch.Tensor]:
     from foldline.backends.cuda.kernels.kronecker import kronecker_quantize
 
+    fixed, levels = a["scale"] is not None, a["levels"]
     q, scale = torch.empty(a["x"].shape, dtype=torch.int8), torch.empty(len(a["x"]))
-    kronecker_quantize(a["x"], a["left"], a["right"], a["levels"], q, scale)
+    scale = a["scale"].reshape(1) if fixed else scale
+    kronecker_quantize(a["x"], a["left"], a["right"], -levels, levels, fixed, q, scale)
     return [q, scale]
 
 

@@ -78,7 +78,7 @@ def variants(every_config: bool = False) -> Iterator[Variant]:
             yield Variant(f"binary_dot bf16 group {group}", binary.binary_dot_kernel, pointers, constants, config)
     for kind, side in (("bf16", 64), ("fp16", 128), ("fp32", 32)):
         pointers = {"x": f"*{kind}", "left": "*fp32", "right": "*fp32", "q": "*i8", "scale": "*fp32"}
-        constants = {"LEVELS": 127, "IEEE": kind == "fp32"}
+        constants = {"LOW": -128, "HIGH": 127, "FIXED": kind == "fp16", "IEEE": kind == "fp32"}
         config = single(BLOCK_1=side, BLOCK_2=side)
         name = f"kronecker_quantize {kind} {side} x {side}"
         yield Variant(name, kronecker.kronecker_quantize_kernel, pointers, constants, config)

@@ -22,12 +22,14 @@ def kronecker_quantize_kernel(
     stride_x,
     N1,
     N2,
-    LEVELS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    FIXED: tl.constexpr,
     IEEE: tl.constexpr,
     BLOCK_1: tl.constexpr,
     BLOCK_2: tl.constexpr,
 ):
-    """y = left^T x right of a token x [N1, N2]; scale = max |y| / LEVELS; q = round(y / scale)."""
+    """y = left^T x right of a token x [N1, N2]; q = round(y / scale); scale = max |y| / HIGH unless it is FIXED."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK_1)
     j = tl.arange(0, BLOCK_2)
@@ -43,11 +45,14 @@ def kronecker_quantize_kernel(
         y = tl.dot(a, y, input_precision="ieee")
     else:
         y = tl.dot(a, tl.dot(t, b).to(t.dtype))
-    peak = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
-    s = tl.where(peak > 0.0, tl.div_rn(peak, LEVELS * 1.0), 1.0)
-    levels = round_even(tl.div_rn(y, s + tl.zeros_like(y)), -LEVELS, LEVELS)
+    if FIXED:
+        s = tl.load(scale)
+    else:
+        peak = tl.max(tl.max(tl.abs(y), axis=1), axis=0)
+        s = tl.where(peak > 0.0, tl.div_rn(peak, HIGH * 1.0), 1.0)
+        tl.store(scale + token, s)
+    levels = round_even(tl.div_rn(y, s + tl.zeros_like(y)), LOW, HIGH)
     tl.store(q + token * N1 * N2 + at, levels.to(tl.int8), mask=inside)
-    tl.store(scale + token, s)
 
 
 @triton.jit
@@ -57,9 +62,19 @@ def j_times(i, N1):
 
 
 def kronecker_quantize(
-    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, levels: int, q: torch.Tensor, scale: torch.Tensor
+    x: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    low: int,
+    high: int,
+    fixed: bool,
+    q: torch.Tensor,
+    scale: torch.Tensor,
 ) -> None:
-    """Fill ``q`` int8 [T, n1*n2] and ``scale`` float32 [T] from x [T, n1*n2]; see ``foldline::kronecker_quantize``."""
+    """Fill ``q`` int8 [T, n1*n2] and ``scale`` float32 [T] from x [T, n1*n2]; see ``foldline::kronecker_quantize``.
+
+    With ``fixed``, ``scale`` holds one number that is read.
+    """
     n1, n2 = left.shape[0], right.shape[0]
     wide = max(16, triton.next_power_of_2(n1)), max(16, triton.next_power_of_2(n2))
     launch(
@@ -75,7 +90,9 @@ def kronecker_quantize(
         x.stride(0),
         n1,
         n2,
-        LEVELS=levels,
+        LOW=low,
+        HIGH=high,
+        FIXED=fixed,
         IEEE=x.dtype == torch.float32,
         BLOCK_1=wide[0],
         BLOCK_2=wide[1],
