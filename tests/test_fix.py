@@ -144,6 +144,17 @@ def test_kinds_options_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert done.value.code == 1
 
 
+def test_an_onnx_ir_model_with_noted_types_stays_as_it_is() -> None:
+    """Clones of onnx_ir share type objects: retyping must not reach the original."""
+    text = trt_cases.CONV_IN + qd("x", "xd") + trt_cases.W + trt_cases.CONV
+    given = onnx.shape_inference.infer_shapes(model(text, conv_constants(zx=U8(3))))
+    original = ir.serde.deserialize_model(given)
+    before = ir.serde.serialize_model(original).SerializeToString()
+    _, report = fix(original, "tensorrt")
+    assert ir.serde.serialize_model(original).SerializeToString() == before
+    assert report.sqnr_db["y"] > 20 and report.note == ""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(library() is None, reason="no TensorRT: pip install foldline[tensorrt-oracle]")
 def test_tensorrt_takes_what_was_fixed(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_precision_needs_both_operands() -> None:
 
     assert layer(("Int8",), ("Int8", "Float")) == "int8" and layer(("Int8", "Int8")) == "int8"
     assert layer(("FP8",), ("FP8",)) == "fp8" and layer(("Int8",), ("Float",)) == "float"
+    assert layer(("Int8", "Float"), ("Int8", "Float")) == "int8", "a residual is read too"
     assert layer(("Float", "Int8")) == "float" and layer(("Int8",), ("Int8",), "runtime_fusion") == "float"
 
 

@@ -157,7 +157,7 @@ class Editor:
 
 def retype(value: ir.Value, dtype: ir.DataType) -> None:
     """Note an element type on a value and on what moves its elements on."""
-    value.dtype = dtype
+    value.type = ir.TensorType(dtype)  # a new one: clones share theirs, and setting .dtype would change the original
     for node in readers(value):
         if not is_op(node, DQ) and node.op_type in (
             "Reshape",

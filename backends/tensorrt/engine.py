@@ -59,11 +59,11 @@ class Layer:
         """Type that a product multiplies in: ``int8``, ``fp8``... where both its operands have it, else ``float``."""
         if self.type not in PRODUCTS or self.type == "runtime_fusion":
             return "float"
-        kinds = set(self.inputs)
-        if len(kinds) != 1 or not kinds <= set(NARROW):
+        # What else a layer reads, such as a residual, comes after its operands.
+        kind = self.inputs[0] if self.inputs else ""
+        if kind not in NARROW:
             return "float"
-        (kind,) = kinds
-        both = kind in self.constants or len(self.inputs) > 1
+        both = kind in self.constants or (len(self.inputs) > 1 and self.inputs[1] == kind)
         return NARROW[kind] if both else "float"
 
 
