@@ -17,7 +17,7 @@ from foldline.graph.fx import load_torch
 from foldline.graph.onnx import load_onnx
 from foldline.graph.verify import difference
 from foldline.passes.base import Context
-from foldline.passes.quantize import Quantize
+from foldline.passes.quantize import Quantize, reference
 from foldline.passes.quantize.numerics import sqnr_db
 from support.data import accuracy, cifar10, trained_resnet
 from support.toys import toy
@@ -118,6 +118,31 @@ def test_spatial_means_run_as_global_pools(axes: str, fits: bool) -> None:
     expected = np.asarray(graph.run({"x": x})[0][0])
     np.testing.assert_allclose(artifact.run(x)[0], expected, rtol=1e-5, atol=1e-6)
     assert "ReduceMean" in {n.origin for n in graph.nodes}  # the graph itself stays as it is
+
+
+class Padded(torch.nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.a, self.b, self.value = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(6, 4, 1), value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.nn.functional.pad(self.a(x), (1, 2, 0, 1, 1, 1), value=self.value))
+
+
+@pytest.mark.parametrize(("value", "fits"), [(0.0, True), (1.0, False)])
+def test_zeros_are_padded_as_integers(value: float, fits: bool) -> None:
+    torch.manual_seed(0)
+    net, x = Padded(value).eval(), torch.randn(2, 3, 6, 6)
+    graph = quantize(load_onnx(torch.onnx.export(net, (x,), dynamo=True, verbose=False).model_proto), [x])
+    artifact = CPU.lower(graph, x)
+    counts = artifact.profile().counts
+    assert counts["QLinearConv"] == 2 and counts["Pad"] == 1
+    assert (counts["DequantizeLinear"] == 1) is fits  # that of the result alone
+    # The same bits as the file before the rewrite, where that runs in integers around the pad too.
+    expected = np.asarray(graph.run({"x": x.numpy()})[0][0])
+    assert sqnr_db(expected, artifact.run(x)[0]) > 35
+    executor = reference.Executor(graph)
+    np.testing.assert_array_equal(executor.run({"x": x.numpy()})[0], artifact.run(x)[0])
 
 
 def test_a_result_with_float_readers_still_leaves_through_q_alone() -> None:

@@ -12,26 +12,77 @@ from ...graph.ir import Value
 def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
     """Rewrite in place; returns how many nodes were.
 
-    ``values``: what is known of values by name, where the model itself says less (files without inner shapes).
+    - ReduceMean over all spatial axes becomes GlobalAveragePool: torch's exporter writes the former for adaptive pools,
+      the runtime has an integer kernel and a blocked layout for the latter alone.
+    - A Pad with zeros between DequantizeLinear and QuantizeLinear of one grid pads the integers with the zero point:
+      the runtime moves no Q/DQ across it, so that it would run in float.
 
-    ReduceMean over all spatial axes becomes GlobalAveragePool: torch's exporter writes the former for adaptive pools,
-    the runtime has an integer kernel and a blocked layout for the latter alone.
+    ``values``: what is known of values by name, where the model itself says less (files without inner shapes).
     """
     done = 0
     for node in list(model.graph.all_nodes()):
-        if node.domain in ("", "ai.onnx") and node.op_type == "ReduceMean" and _spatial(node, values or {}):
-            pool = ir.Node("", "GlobalAveragePool", [node.inputs[0]], num_outputs=1, name=node.name)
-            old, new = node.outputs[0], pool.outputs[0]
-            new.shape, new.type, new.name = old.shape, old.type, old.name
-            graph = node.graph
-            assert graph is not None
-            graph.insert_after(node, pool)
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type == "ReduceMean" and _spatial(node, values or {}):
+            _global_pool(node)
             done += 1
+        elif node.op_type == "Pad":
+            done += _integer_pad(node)
     if done:
         _drop_unread(model)
     return done
+
+
+def _global_pool(node: ir.Node) -> None:
+    pool = ir.Node("", "GlobalAveragePool", [node.inputs[0]], num_outputs=1, name=node.name)
+    _replace(node, pool, node.outputs[0])
+
+
+def _replace(node: ir.Node, by: ir.Node, old: ir.Value) -> None:
+    """Put ``by`` behind ``node``, let it take over ``old`` (name and readers), and remove the node that made that."""
+    new = by.outputs[0]
+    new.shape, new.type, new.name = old.shape, old.type, old.name
+    graph, maker = node.graph, old.producer()
+    assert graph is not None and maker is not None and maker.graph is not None
+    graph.insert_after(node, by)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    maker.graph.remove(maker, safe=True)
+
+
+def _integer_pad(node: ir.Node) -> bool:
+    """Rewrite one Pad if it stands between a DQ and a Q of the same grid and adds zeros."""
+    x, padded = node.inputs[0], node.outputs[0]
+    dq = None if x is None else x.producer()
+    readers = [use.node for use in padded.uses()]
+    if dq is None or dq.op_type != "DequantizeLinear" or node.attributes.get_string("mode", "constant") != "constant":
+        return False
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or padded.is_graph_output() or len(node.inputs) < 2:
+        return False
+    fill = node.inputs[2] if len(node.inputs) > 2 else None
+    if fill is not None and (_number(fill) is None or _number(fill) != 0):
+        return False
+    quantize = readers[0]
+    scales, points = ([_number(n.inputs[i]) if len(n.inputs) > i else None for n in (dq, quantize)] for i in (1, 2))
+    stored = dq.inputs[0]
+    if None in scales or None in points or scales[0] != scales[1] or points[0] != points[1] or stored is None:
+        return False
+    if dq.inputs[2] is None or quantize.inputs[2] is None or dq.inputs[2].dtype != quantize.inputs[2].dtype:
+        return False
+    pad = ir.Node(
+        "", "Pad", [stored, node.inputs[1], dq.inputs[2], *node.inputs[3:]], list(node.attributes.values()),
+        num_outputs=1, name=node.name,
+    )  # fmt: skip
+    _replace(node, pad, quantize.outputs[0])
+    for unread in (node, dq):
+        if not unread.outputs[0].uses() and not unread.outputs[0].is_graph_output() and unread.graph is not None:
+            unread.graph.remove(unread, safe=True)
+    return True
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """The number that a stored scalar is."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None or tensor.size != 1 else float(tensor.numpy().reshape(()))
 
 
 def _spatial(node: ir.Node, values: Mapping[str, Value]) -> bool:
