@@ -103,7 +103,7 @@ def divergence(layer: Layer, w: np.ndarray, changed: np.ndarray, form: TensorFor
 
     Both are densities on bins of 1/16 of the step that nearest rounding of ``w`` has.
     """
-    base = layer.params(form)
+    base = _params_of(layer, w, form)
     step = base.spread(base.scale, w.shape)
     params = _params_of(layer, changed, form)
     wide = np.broadcast_to(params.spread(params.scale, w.shape), w.shape)
