@@ -147,7 +147,7 @@ def test_kinds_options_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_onnx_ir_model_with_noted_types_stays_as_it_is() -> None:
     """Clones of onnx_ir share type objects: retyping must not reach the original."""
     text = trt_cases.CONV_IN + qd("x", "xd") + trt_cases.W + trt_cases.CONV
-    given = onnx.shape_inference.infer_shapes(model(text, conv_constants(zx=U8(3))))
+    given = onnx.shape_inference.infer_shapes(model(text, conv_constants(zx=U8(120))))
     original = ir.serde.deserialize_model(given)
     before = ir.serde.serialize_model(original).SerializeToString()
     _, report = fix(original, "tensorrt")
