@@ -50,7 +50,8 @@ class WeightOnly(Pass):
     options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the format: ``search``, ``scale``, ``powers``, ``step``, ``scaled``, ``exponent``."""
     method: Literal["rtn", "weighted", "gptq"] = "rtn"
-    """Nearest codes; the same with ranges, codebooks and exponents chosen for what the inputs weigh; or GPTQ."""
+    """Nearest codes; the same with ranges and codebooks chosen for what the inputs weigh (format power: one exponent
+    for the model, by its outputs); or GPTQ."""
     calibration: Any = Field(default=None, exclude=True, repr=False)
     """Batches of typical inputs, for every method but rtn; the run's own when absent."""
     damping: float = Field(default=0.01, gt=0)
@@ -97,11 +98,18 @@ class WeightOnly(Pass):
             )  # fmt: skip
         decisions = [*tied, *decisions]
         grams = self._grams(graph, ctx, sites)
-        encode = self.encoder()
+        tuning: dict[str, Any] = {}
+        if self.format == "power" and self.method == "weighted" and "exponent" not in self.options:
+            from .power_search import model_exponent
+
+            exponent, errors = model_exponent(graph, sites, self._format({}), self.batches(ctx))
+            tuning |= {"exponent": exponent, "exponents": errors}
+        encode = self.encoder({k: v for k, v in tuning.items() if k == "exponent"})
         encoded: dict[str, Encoded] = {}
         for site in ctx.progress(sites, "quantizing weights"):
             encoded[site.name] = encode(site, site.weight.numpy().astype(np.float32), grams.get(site.name))
-        encoded, tuning = self.tuned(graph, ctx, sites, encoded)
+        encoded, facts_of_tuning = self.tuned(graph, ctx, sites, encoded)
+        tuning |= facts_of_tuning
         writer = WeightWriter(graph, self.storage)
         layers: dict[str, dict[str, Any]] = {}
         before = after = 0
@@ -134,11 +142,11 @@ class WeightOnly(Pass):
         """The encoded weights as they are to be written, and facts for the report."""
         return encoded, {}
 
-    def encoder(self) -> Callable[[WeightSite, np.ndarray, np.ndarray | None], Encoded]:
-        """Site, weight and Gram matrix of its inputs (or None) -> the encoded weight."""
+    def encoder(self, extra: dict[str, Any]) -> Callable[[WeightSite, np.ndarray, np.ndarray | None], Encoded]:
+        """Site, weight and Gram matrix of its inputs (or None) -> the encoded weight; ``extra``: further options."""
 
         def encode(site: WeightSite, weight: np.ndarray, gram: np.ndarray | None) -> Encoded:
-            chosen = dict(self.embedding_options) if site.tables else {}
+            chosen = dict(self.embedding_options) if site.tables else dict(extra)
             for pattern, other in self.formats.items():
                 if any(matches(n, pattern) for n in (*site.matrices, *site.tables)):
                     chosen |= other
