@@ -17,6 +17,7 @@ from foldline.passes.quantize.choices import narrowed
 from foldline.passes.quantize.sensitivity.integral import by_layer, local_scores, post_quantization_integral
 from foldline.passes.quantize.sensitivity.layers import layers
 from foldline.passes.quantize.sensitivity.measured import Trial, measure
+from foldline.passes.quantize.sensitivity.sparse import split_dense_sparse
 from scipy.stats import spearmanr
 from support.data import cifar10, trained_resnet
 from support.quantized import WEIGHTS
@@ -147,3 +148,32 @@ def test_integral_on_a_trained_resnet() -> None:
     rounded = {layer.weight.name: layer.rounded(FORM[4]) for layer in layers(graph)}
     made = post_quantization_integral(graph, rounded, [Example(graph.bind(x), y.numpy())])
     assert made.total == pytest.approx(made.change, rel=0.02)
+
+
+def test_dense_and_sparse_beat_plain_rounding_bytes_counted() -> None:
+    graph, data = trained_classifier()
+    form = FORM[3]
+    split = split_dense_sparse(graph, form, data, outliers=0.01, significant=0.02, steps=2, points=8)
+    plain, sparse, larger = graph.clone(), graph.clone(), graph.clone()
+    for layer in layers(graph):
+        name, made = layer.weight.name, split[layer.weight.name]
+        w = layer.data()
+        numbers = made.numbers()
+        plain.set_weight(plain.weight(name), layer.rounded(form))
+        sparse.set_weight(sparse.weight(name), numbers)
+        larger.set_weight(larger.weight(name), layer.rounded(FORM[4]))
+        np.testing.assert_array_equal(numbers.reshape(-1)[made.index], w.reshape(-1)[made.index].astype(np.float16))
+        assert (made.integers.reshape(-1)[made.index] == 0).all()
+        assert made.bytes == w.size * 3 / 8 + 4 * w.shape[0] + 4 * len(made.index)
+        assert (made.params.scale <= layer.params(form).scale).all()
+    kept = sum(len(s.index) for s in split.values())
+    total = sum(x.weight.size for x in layers(graph))
+    assert kept == round(0.01 * total) + round(0.02 * total)
+    shares = [len(split[x.weight.name].index) / x.weight.size for x in layers(graph)]
+    assert max(shares) > 1.5 * min(shares)  # each layer gets what it needs
+    base = loss_of(graph, data)
+    assert loss_of(sparse, data) - base < 0.6 * (loss_of(plain, data) - base)
+    assert sum(s.bytes for s in split.values()) < sum(x.bytes(FORM[4]) for x in layers(graph))
+    none = split_dense_sparse(graph, form, data, outliers=0, significant=0)
+    for layer in layers(graph):
+        np.testing.assert_array_equal(none[layer.weight.name].numbers(), layer.rounded(form))
