@@ -135,12 +135,15 @@ def _solved(
     layer = _layer(sim, site, op, chosen, floats, quants)
     q, scale, facts = solver(layer)
     grid = layer.grid
-    # The integers were chosen for the scale as it is stored, which may be coarser than float32.
+    # The integers were chosen for float32 scales; stored ones may be coarser.
     new = grid.params if scale is grid.scale else grid.rescaled(scale)
     stored = grid.stored(q)
     w = rows(op, torch.from_numpy(np.array(new.dequantize(stored), np.float32)))
-    before = rows(op, grid.real(grid.integers(layer.weight)))
-    facts = {"mse_nearest": layer.error(before), "mse": layer.error(w), "rows": layer.normal.rows, **facts}
+    plain = grid.integers(layer.weight)
+    before, after = layer.error(rows(op, grid.real(plain))), layer.error(w)
+    if not after <= before:
+        w, stored, new, after = rows(op, grid.real(plain)), grid.stored(plain), grid.params, before
+    facts = {"mse_nearest": before, "mse": after, "rows": layer.normal.rows, **facts}
     bias = layer.shift(w).numpy() if layer.centred else None
     return Rounded(stored, new, bias, details=facts)
 

@@ -130,8 +130,8 @@ class _Reconstruction:
         for name in region.sites:
             site, params = self.sim.sites[name], self.job.weight_params[name]
             if not is_integer(params) or site.node.op not in ("conv", "linear", "matmul", "gemm"):
-                weight = site.weight.numpy().astype(np.float32, copy=False)
-                self.found[name] = Rounded(nearest(weight, params), params, details={"rounding": "nearest"})
+                data = site.weight.numpy().astype(np.float32, copy=False)
+                self.found[name] = Rounded(nearest(data, params), params, details={"rounding": "nearest"})
                 use(self.hooks, site, self.found[name])
                 continue
             weight = tensor(site.weight)
@@ -226,8 +226,8 @@ class _Reconstruction:
         for key, y in wanted.items():
             z = env[key]
             if self.chosen.loss == "cosine":
-                flat = (t.flatten(1) if t.dim() > 1 else t[None] for t in (z, y))
-                total = total + (1 - F.cosine_similarity(*flat, dim=1)).mean()
+                a, b = (t.flatten(1) if t.dim() > 1 else t[None] for t in (z, y))
+                total = total + (1 - F.cosine_similarity(a, b, dim=1)).mean()
             elif self.chosen.loss == "l1":
                 total = total + F.l1_loss(z, y)
             elif self.chosen.loss == "huber":
