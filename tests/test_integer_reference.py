@@ -276,6 +276,38 @@ def test_a_graph_of_every_kernel_is_reproduced(front: str, ranges: str) -> None:
     assert sqnr_db(net(x).detach().numpy(), found) > 15
 
 
+class Gated(nn.Module):
+    """The gates of EfficientNet and MobileNetV3: SiLU and hard-swish behind convolutions, squeeze and excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, groups=12)
+        self.squeeze, self.excite = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.last, self.head = nn.Conv2d(12, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.silu(self.mid(nn.functional.hardswish(self.stem(x))))
+        gate = self.excite(nn.functional.silu(self.squeeze(x.mean((2, 3), keepdim=True))))
+        x = x * nn.functional.hardsigmoid(gate)
+        return self.head(nn.functional.hardswish(self.last(x)))
+
+
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+def test_gates_run_in_integers_from_both_front_ends(front: str) -> None:
+    torch.manual_seed(0)
+    net, x = Gated().eval(), 3 * torch.randn(2, 3, 12, 12)
+    graph = quantized(load_torch(net, x) if front == "fx" else load_onnx(exported(net, x)), [x])
+    artifact = CPU.lower(graph, x, threads=1)
+    counts = artifact.profile().counts
+    executor = reference.Executor(graph)
+    assert Counter(kernel.op for kernel in executor.kernels.values()) == fused(artifact.profile())
+    assert counts["QLinearSigmoid"] == 2 and counts["QLinearMul"] == 5 and counts["QLinearAdd"] == 3
+    assert counts["QLinearConv"] == 6 and counts["QLinearGlobalAveragePool"] == 1
+    assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 1
+    np.testing.assert_array_equal(executor.run({graph.inputs[0].name: x.numpy()})[0], artifact.run(x)[0])
+    assert sqnr_db(net(x).detach().numpy(), artifact.run(x)[0]) > 20
+
+
 class Encoder(nn.Module):
     """A transformer layer: attention in float, four linear layers that become integer products."""
 

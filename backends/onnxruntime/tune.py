@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from ...graph.ir import Value
+from ...passes.quantize.reference.kernels import Grid, Quantized, ends_at_0_and_1, hard_sigmoid_terms
 
 
 def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
@@ -16,6 +18,7 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
       the runtime has an integer kernel and a blocked layout for the latter alone.
     - A Pad with zeros between DequantizeLinear and QuantizeLinear of one grid pads the integers with the zero point:
       the runtime moves no Q/DQ across it, so that it would run in float.
+    - A HardSigmoid between a DQ and a Q that ends at 0 and 1 becomes an addition, which has an integer kernel.
 
     ``values``: what is known of values by name, where the model itself says less (files without inner shapes).
     """
@@ -28,6 +31,8 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
             done += 1
         elif node.op_type == "Pad":
             done += _integer_pad(node)
+        elif node.op_type == "HardSigmoid":
+            done += _saturating_sum(node)
     if done:
         _drop_unread(model)
     return done
@@ -77,6 +82,54 @@ def _integer_pad(node: ir.Node) -> bool:
         if not unread.outputs[0].uses() and not unread.outputs[0].is_graph_output() and unread.graph is not None:
             unread.graph.remove(unread, safe=True)
     return True
+
+
+def _saturating_sum(node: ir.Node) -> bool:
+    """clip(alpha x + beta, 0, 1) as a sum of x on another scale and a constant; the Q behind it saturates."""
+    x, result = node.inputs[0], node.outputs[0]
+    dq = None if x is None else x.producer()
+    readers = [use.node for use in result.uses()]
+    if dq is None or dq.op_type != "DequantizeLinear" or result.is_graph_output() or node.graph is None:
+        return False
+    if len(readers) != 1 or readers[0].op_type != "QuantizeLinear":
+        return False
+    operand, grid = _stored(dq), _stored(readers[0])
+    if operand is None or grid is None or not ends_at_0_and_1(Grid(*grid)):
+        return False
+    slope, shift = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+    empty = np.zeros(1, operand[1].dtype)
+    scaled, constant = hard_sigmoid_terms(Quantized(empty, *operand), slope, shift)
+    named = node.name or result.name or "hard_sigmoid"
+    terms = {"scale": scaled.scale, "beta": constant.data, "beta_scale": constant.scale, "beta_zero": constant.zero}
+    made = [_initializer(node.graph, f"{named}_{key}", data) for key, data in terms.items()]
+    first = ir.Node("", "DequantizeLinear", [dq.inputs[0], made[0], dq.inputs[2]], num_outputs=1, name=f"{named}_x")
+    second = ir.Node("", "DequantizeLinear", made[1:], num_outputs=1, name=f"{named}_c")
+    for i, extra in enumerate((first, second)):
+        extra.outputs[0].name = f"{named}_term{i}"
+    total = ir.Node("", "Add", [first.outputs[0], second.outputs[0]], num_outputs=1, name=node.name)
+    node.graph.insert_before(node, [first, second])
+    _replace(node, total, result)
+    if not dq.outputs[0].uses() and not dq.outputs[0].is_graph_output() and dq.graph is not None:
+        dq.graph.remove(dq, safe=True)
+    return True
+
+
+def _stored(node: ir.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scale and zero point of a Q or DQ node, both 0-d, if they are stored scalars of 8 bits."""
+    tensors = [ir.convenience.get_const_tensor(v) if v is not None else None for v in node.inputs[1:3]]
+    if len(tensors) != 2 or any(t is None or t.size != 1 for t in tensors):
+        return None
+    scale, zero = (t.numpy().reshape(()) for t in tensors if t is not None)
+    return (scale.astype(np.float32), zero) if zero.dtype.itemsize == 1 and zero.dtype.kind in "iu" else None
+
+
+def _initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+    while name in graph.initializers:
+        name += "_"
+    tensor = ir.tensor(data, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(data.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _number(value: ir.Value | None) -> float | None:

@@ -16,6 +16,7 @@ from ...graph.ir import Graph
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from .choices import BitChooser, Formats, matches, names_of
 from .constants import store_computed
+from .gates import split_gates
 from .insert import Inserter
 from .numerics import QuantParams, grid, least_weight_scale, range_params
 from .opset import at_opset
@@ -99,7 +100,7 @@ class Quantize(Pass):
                 is not finite. ConfigError: an option does not fit the target.
         """
         spec = self.backend_spec(ctx)
-        notes = store_computed(graph, spec)
+        notes = [*store_computed(graph, spec), *split_gates(graph, spec)]
         placement = self._place(graph, spec)
         data = self._data(ctx, placement)
         formats = Formats(spec, placement)

@@ -11,14 +11,14 @@ from ....graph.errors import ConstraintError
 from ....graph.execute import to_numpy
 from ....graph.ir import Graph, Node, Value
 from . import kernels as k
-from .fuse import Kernel, find_kernels, source
+from .fuse import Kernel, find_kernels, grid_of, source
 
 
 def run(graph: Graph, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The outputs of a Q/DQ graph in the integer arithmetic of ONNX Runtime's CPU provider.
 
-    Which nodes become integer kernels is decided by :func:`..fuse.find_kernels`. Every other node is computed by itself in
-    the graph's own engine: ONNX Runtime for ONNX graphs, torch for FX graphs. Where such nodes exist, ONNX Runtime's
+    Which nodes become integer kernels is decided by :func:`..fuse.find_kernels`. Every other node is computed by itself
+    in the graph's own engine: ONNX Runtime for ONNX graphs, torch for FX graphs. Where such nodes exist, ONNX Runtime's
     fusions of float operators (layer norm, GELU, ...) may differ from it in the last bits; a graph of integer kernels
     alone is reproduced to the last bit.
 
@@ -75,12 +75,12 @@ class Executor:
     def _operand(self, value: Value | None, env: dict[int, Any]) -> k.Quantized:
         dq = source(value)
         assert dq is not None
-        scale, zero = _grid(dq)
-        return k.Quantized(self._array(dq.inputs[0], env), scale, zero)
+        grid = grid_of(dq)
+        return k.Quantized(self._array(dq.inputs[0], env), grid.scale, grid.zero)
 
     def _kernel(self, kernel: Kernel, env: dict[int, Any]) -> np.ndarray:
         node = kernel.node
-        grid = None if kernel.quantize is None else k.Grid(*_grid(kernel.quantize))
+        grid = None if kernel.quantize is None else grid_of(kernel.quantize)
         if node.op in ("linear", "matmul"):
             return self._product(kernel, grid, env)
         assert grid is not None
@@ -91,6 +91,9 @@ class Executor:
             return k.qlinear_conv(operands[0], operands[1], bias, grid, **{n: node.attrs[n] for n in names})
         if node.op == "add":
             return k.qlinear_add(*operands, grid)
+        if node.op == "hardsigmoid":
+            slope, shift = node.attrs.get("alpha", 1 / 6), node.attrs.get("beta", 0.5)
+            return k.qlinear_add(*k.hard_sigmoid_terms(operands[0], slope, shift), grid)
         if node.op == "mul":
             return k.qlinear_mul(*operands, grid)
         if node.op == "concat":
@@ -122,30 +125,14 @@ class Executor:
         bias = None if stored is None else self._array(stored.inputs[0], env)
         if kernel.op == "MatMulIntegerToFloat" and bias is not None:
             assert stored is not None
-            return k.qgemm_float(x, w) + k.dequantize(bias, _grid(stored)[0], 0)
+            return k.qgemm_float(x, w) + k.dequantize(bias, grid_of(stored).scale, 0)
         return k.qgemm_float(x, w, bias) if grid is None else k.qlinear_matmul(x, w, grid, bias)
-
-
-def _grid(node: Node) -> tuple[np.ndarray, np.ndarray]:
-    """Scale (float32) and zero point of a quantize or dequantize node, 0-d where there is one."""
-    scale = np.asarray(_constant(node, 1), dtype=np.float32)
-    stored = node.output.dtype if node.op == "quantize" else node.inputs[0].dtype  # type: ignore[union-attr]
-    zero = np.zeros(scale.shape, stored) if node.input(2) is None else np.asarray(_constant(node, 2)).astype(stored)
-    return (scale.reshape(()), zero.reshape(())) if scale.size == 1 else (scale, zero)
-
-
-def _constant(node: Node, position: int) -> np.ndarray:
-    value = node.input(position)
-    data = None if value is None else value.const()
-    if data is None:
-        raise ConstraintError("a scale or zero point is computed at run time", node=node.name, expected="a constant")
-    return np.asarray(data)
 
 
 def _params(node: Node, rank: int) -> Any:
     from ..numerics import QuantParams
 
-    scale, zero = _grid(node)
+    scale, zero = grid_of(node).scale, grid_of(node).zero
     axis = node.attrs.get("axis") if scale.ndim else None
     return QuantParams(scale, zero, None if axis is None else axis % max(rank, 1), node.attrs.get("block") or 0)
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ....graph.errors import ConstraintError
 from ....graph.ir import Graph, Node, Value
+from .kernels import Grid, ends_at_0_and_1
 
 SIDES = {
     "conv": (0,),
@@ -20,6 +22,7 @@ SIDES = {
     "add": (0, 1),
     "mul": (0, 1),
     "sigmoid": (0,),
+    "hardsigmoid": (0,),
     "leaky_relu": (0,),
     "avg_pool": (0,),
     "adaptive_avg_pool": (0,),
@@ -61,12 +64,13 @@ NAMES = {
     "mul": "QLinearMul",
     "concat": "QLinearConcat",
     "sigmoid": "QLinearSigmoid",
+    "hardsigmoid": "QLinearAdd",
     "leaky_relu": "QLinearLeakyRelu",
     "avg_pool": "QLinearAveragePool",
     "adaptive_avg_pool": "QLinearGlobalAveragePool",
     "mean": "QLinearGlobalAveragePool",
 }
-"""Canonical op -> operator; a mean over the spatial axes is a global pool in what foldline lowers."""
+"""Canonical op -> operator. In lowered models a mean over the spatial axes is a global pool, a hard sigmoid a sum."""
 
 
 def find_kernels(graph: Graph) -> dict[str, Kernel]:
@@ -107,6 +111,8 @@ def _kernel(node: Node) -> Kernel | None:
             return Kernel("MatMulIntegerToFloat", node)  # exported as a product and a float addition
     merged = list(absorbed)
     quantize = _result(node, value, absorbed)
+    if node.op == "hardsigmoid" and quantize is not None and not ends_at_0_and_1(grid_of(quantize)):
+        return None
     if quantize is not None:
         return Kernel(NAMES.get(node.op) or ("QGemm" if gemm else "QLinearMatMul"), node, absorbed, quantize)
     if node.op not in FLOAT_RESULT:
@@ -197,18 +203,30 @@ def _result(node: Node, value: Value, absorbed: list[Node]) -> Node | None:
 
 def _superfluous(activation: Node, quantize: Node) -> bool:
     """Whether clipping to the integers' range already does what the activation does."""
-    scale_value, zero_value = quantize.input(1), quantize.input(2)
-    scale = None if scale_value is None else scale_value.const()
-    zero = None if zero_value is None else zero_value.const()
-    if scale is None:
-        return False
-    info = np.iinfo(quantize.output.dtype)
-    point = 0 if zero is None else int(np.asarray(zero).reshape(()))
-    low, high = (
-        (info.min - point) * float(np.asarray(scale).reshape(())),
-        (info.max - point) * float(np.asarray(scale).reshape(())),
-    )
+    y = grid_of(quantize)
+    info = np.iinfo(y.zero.dtype)
+    low, high = ((end - int(y.zero)) * float(y.scale) for end in (info.min, info.max))
     if activation.op == "relu":
         return low >= 0
     least, most = activation.attrs.get("min"), activation.attrs.get("max")
     return (least is None or least <= low) and (most is None or most >= high)
+
+
+def grid_of(node: Node) -> Grid:
+    """Scale (float32) and zero point of a quantize or dequantize node, 0-d where there is one.
+
+    Raises:
+        ConstraintError: they are computed at run time.
+    """
+    scale = _constant(node, 1).astype(np.float32)
+    stored = node.output.dtype if node.op == "quantize" else node.inputs[0].dtype  # type: ignore[union-attr]
+    zero = np.zeros(scale.shape, stored) if node.input(2) is None else _constant(node, 2).astype(stored)
+    return Grid(scale.reshape(()), zero.reshape(())) if scale.size == 1 else Grid(scale, zero)
+
+
+def _constant(node: Node, position: int) -> np.ndarray:
+    value = node.input(position)
+    data = None if value is None else value.const()
+    if data is None:
+        raise ConstraintError("a scale or zero point is computed at run time", node=node.name, expected="a constant")
+    return np.asarray(data)

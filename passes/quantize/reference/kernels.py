@@ -162,6 +162,23 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.asarray(1 / (1 + np.exp(-x.astype(np.float64)))).astype(f32)
 
 
+def hard_sigmoid_terms(x: Quantized, alpha: float, beta: float) -> tuple[Quantized, Quantized]:
+    """The two operands whose sum, saturated at 0 and 1, is clip(alpha * x + beta, 0, 1): x on a scale of its own, beta.
+
+    A hard sigmoid has no integer kernel; an addition has one, whose result saturates where the result's grid ends.
+    """
+    most = int(np.iinfo(x.data.dtype).max)
+    scaled = Quantized(x.data, np.asarray(f32(alpha * float(x.scale))), x.zero)
+    kind = x.data.dtype
+    return scaled, Quantized(np.array([most], kind), np.asarray(f32(beta / most)), np.zeros((), kind))
+
+
+def ends_at_0_and_1(y: Grid) -> bool:
+    """Whether a grid's smallest number is 0 and its largest at most 1 (to half a step)."""
+    info = np.iinfo(y.zero.dtype)
+    return int(y.zero) == info.min and (info.max - info.min - 0.5) * float(y.scale) <= 1
+
+
 def leaky_relu(x: np.ndarray, slope: float) -> np.ndarray:
     """x, or slope * x where x is negative, in float32."""
     return np.where(x >= 0, x, f32(slope) * x)
