@@ -7,7 +7,8 @@
 The embedding module is exported once (opset 17, dynamic batch and length). Every tool quantizes that file in a process
 of its own (time and peak memory are that process's), calibrated on 200 sentences; the other 200 are embedded with the
 result. Spearman: rank correlation of all pairwise similarities with fp32's. Latency: one thread, all files in turn in
-every round, median, in sessions with ONNX Runtime's defaults and as foldline opens them. Tools that are not installed are left out with a note.
+every round, median, in sessions with ONNX Runtime's defaults and as foldline opens them. Tools that are not installed
+are left out with a note.
 """
 
 from __future__ import annotations
@@ -318,22 +319,20 @@ def table(folder: Path, names: list[str], args: argparse.Namespace) -> None:
     )
     print(", ".join(installed(n) for n in ("foldline", "onnxruntime", "onnx", "nncf", "nvidia-modelopt", "torch")))
     floats = {kind: times["fp32", kind] for kind in (False, True)}
-    print(
-        f"fp32: {floats[False]:.1f} ms, in foldline's session {floats[True]:.1f} ms, {(folder / MODEL).stat().st_size / 1e6:.1f} MB\n"
-    )
-    print(
-        "|method|Spearman|cosine|SQNR dB|ms|speed-up|ms in foldline's session|speed-up|file MB|weight products in int8|kernels|quantized in s|peak MB|"
-    )
-    print("|---|" + "---|" * 12)
+    size = (folder / MODEL).stat().st_size / 1e6
+    print(f"fp32: {floats[False]:.1f} ms, in foldline's session {floats[True]:.1f} ms, {size:.1f} MB\n")
+    heads = ["method", "Spearman", "cosine", "SQNR dB", "ms", "speed-up", "ms in foldline's session", "speed-up"]
+    heads += ["file MB", "weight products in int8", "kernels", "quantized in s", "peak MB"]
+    print(f"|{'|'.join(heads)}|\n|{'---|' * len(heads)}")
     for name, row in rows.items():
         inside, whole = weight_products(made[name])
-        used = ", ".join(f"{n} {op}" for op, n in kernels(made[name]).items()) or "none"
-        print(
-            f"|{METHODS[name][0]}|{row['spearman']:.4f}|{row['cosine']:.4f}|{row['sqnr_db']:.1f}|"
-            f"{times[name, False]:.1f}|{floats[False] / times[name, False]:.2f}|"
-            f"{times[name, True]:.1f}|{floats[True] / times[name, True]:.2f}|{made[name].stat().st_size / 1e6:.1f}|{inside} of {whole}|{used}|"
-            f"{row['seconds']:.0f}|{row['peak_mb']:.0f}|"
-        )
+        cells = [METHODS[name][0], f"{row['spearman']:.4f}", f"{row['cosine']:.4f}", f"{row['sqnr_db']:.1f}"]
+        for kind in (False, True):
+            cells += [f"{times[name, kind]:.1f}", f"{floats[kind] / times[name, kind]:.2f}"]
+        cells += [f"{made[name].stat().st_size / 1e6:.1f}", f"{inside} of {whole}"]
+        cells.append(", ".join(f"{n} {op}" for op, n in kernels(made[name]).items()) or "none")
+        cells += [f"{row['seconds']:.0f}", f"{row['peak_mb']:.0f}"]
+        print(f"|{'|'.join(cells)}|")
     for note in notes:
         print(f"\n{note}")
 
