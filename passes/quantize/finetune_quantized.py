@@ -47,7 +47,7 @@ class FinetuneQuantized(WeightOnly):
         from ..gradients import examples
         from .pv import PVOptions, PVTuner
 
-        chosen = {name: e for name, e in encoded.items() if isinstance(e, LookupEncoded)}
+        chosen: dict[str, LookupEncoded] = {name: e for name, e in encoded.items() if isinstance(e, LookupEncoded)}
         if not chosen:
             raise ConfigError(
                 "this format cannot be trained", node="format", expected="kmeans, int, nf4 or power", found=self.format
@@ -56,5 +56,4 @@ class FinetuneQuantized(WeightOnly):
         data = list(examples(graph, self.data, batches, ctx.progress))
         options = PVOptions(self.rounds, self.steps, self.rate, self.share)
         tuner = PVTuner(graph, chosen, data, self.loss, options, ctx.seed)
-        found = tuner.run()
-        return {**encoded, **found}, {"loss": tuner.history}
+        return {**encoded, **dict[str, Encoded](tuner.run())}, {"loss": tuner.history}

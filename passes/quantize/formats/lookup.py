@@ -51,10 +51,11 @@ class LookupEncoded:
 
     @property
     def nbytes(self) -> int:
-        found = packed_bytes(*self.padded().shape, self.bits)
+        rows, count = self.padded().shape
+        found = packed_bytes(rows, count, self.bits)
         found += 0 if self.shared else self.table.size * 4
         found += 0 if self.scales is None else self.scales.nbytes
-        return found + (0 if self.zeros is None else packed_bytes(*self.zeros.shape, self.bits))
+        return found + (0 if self.zeros is None else packed_bytes(rows, self.zeros.shape[1], self.bits))
 
     def padded(self) -> np.ndarray:
         """Codes filled up to whole blocks, as they are stored."""
