@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -331,3 +332,25 @@ def test_float8_per_tensor_on_both_front_ends() -> None:
     noise = np.square(a - exact).sum() / np.square(exact).sum()
     assert 1e-4 < noise < 1e-2
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_torch_graph_rounds_as_the_target_does() -> None:
+    spec = BackendSpec.from_yaml(FOLDER / "cuda/specs/inductor-cpu.yaml")
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    graph = load_torch(nn.Linear(64, 4).eval(), x)
+    quantized(graph, [x], spec=spec)
+    q = next(n for n in graph.nodes if n.op == "quantize")
+    assert q.attrs["rounding"] == "reciprocal"
+    scale, zero = (v.const() for v in q.inputs[1:3])
+    ties = ((np.arange(-2048, 2048) + 0.5) / 16).round() / 2 * scale  # halves of steps
+    data = np.resize(ties.astype(np.float32), (64, 64))
+    _, tapped = graph.run({graph.inputs[0].name: data}, [q.output.name])
+    found = np.asarray(tapped[q.output.name])
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers the operators
+    theirs = torch.ops.quantized_decomposed.quantize_per_tensor(
+        torch.from_numpy(data), float(scale), int(zero), 0, 255, torch.uint8
+    )
+    np.testing.assert_array_equal(found, theirs.numpy())
+    divide = np.clip(np.rint(data / scale) + zero, 0, 255)
+    assert found.shape == divide.shape

@@ -186,3 +186,17 @@ def test_the_pruner_rounds_to_the_targets_multiple() -> None:
     assert result.model[0].out_features == 64
     with pytest.raises(ConfigError, match="there is no backend"):
         P.prune(model, x, ratio=0.3, round_to="onnxruntime-gpu")
+
+
+def test_the_example_of_an_accelerator_of_ones_own(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "examples"))
+    import accelerator
+
+    result = accelerator.main()
+    said = capsys.readouterr().out
+    assert "multiples of 8 output channels" in said and "wants one scale for operands and result" in said
+    details = result.report.passes[-1].details
+    assert details["target"] == "tile-8" and details["weights"] == 5
+    bits = {d["weight"]: (d["weight_dtype"], d["weight_bits"]) for d in details["layers"].values()}
+    assert bits["conv1.weight"] == ("int4", 4) and bits["stem.weight"] == ("int8", 8)
+    assert details["activations"]["x"]["dtype"] == "uint8"

@@ -40,7 +40,13 @@ def _translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         return {"axis": 1 if axis is None else axis, **({"block_size": block} if block else {})}
 
     def quantize(
-        x: Any, scale: Any, zero_point: Any = None, axis: int | None = None, dtype: str = "int8", block: int = 0
+        x: Any,
+        scale: Any,
+        zero_point: Any = None,
+        axis: int | None = None,
+        dtype: str = "int8",
+        block: int = 0,
+        rounding: str = "divide",  # ONNX divides
     ) -> Any:
         zero = stored(zeros(scale, dtype) if zero_point is None else zero_point, dtype)
         return op.QuantizeLinear(x, scale, zero, **attributes(axis, block))

@@ -1,4 +1,7 @@
-"""Torch operators foldline::quantize_linear and foldline::dequantize_linear: ONNX Q/DQ semantics in an fx graph."""
+"""Torch operators foldline::quantize_linear and foldline::dequantize_linear: ONNX Q/DQ semantics in an fx graph.
+
+``rounding="reciprocal"`` multiplies by the scale's reciprocal, as torch's own kernels do; ONNX divides.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,10 @@ def _quantize(
     axis: int | None = None,
     dtype: str = "int8",
     block: int = 0,
+    rounding: str = "divide",
 ) -> torch.Tensor:
-    steps = x / _spread(scale, x, axis, block).to(x.dtype)
+    whole = _spread(scale, x, axis, block).to(x.dtype)
+    steps = x * whole.reciprocal() if rounding == "reciprocal" else x / whole
     if dtype in _FLOATS:
         limit = torch.finfo(_FLOATS[dtype]).max
         return steps.clamp(-limit, limit).to(_FLOATS[dtype])
@@ -77,6 +82,7 @@ def _fake_quantize(
     axis: int | None = None,
     dtype: str = "int8",
     block: int = 0,
+    rounding: str = "divide",
 ) -> torch.Tensor:
     return torch.empty_like(x, dtype=storage_dtype(dtype))
 
@@ -97,14 +103,15 @@ _LIBRARY = torch.library.Library("foldline", "FRAGMENT")
 
 
 def _register() -> None:
-    signature = "(Tensor x, Tensor scale, Tensor? zero_point=None, int? axis=None, str dtype='int8', int block=0)"
+    signature = "Tensor x, Tensor scale, Tensor? zero_point=None, int? axis=None, str dtype='int8', int block=0"
+    rounding = ", str rounding='divide'"
     if hasattr(torch.ops.foldline, "quantize_linear"):
         return
-    for name, function, fake in (
-        ("quantize_linear", _quantize, _fake_quantize),
-        ("dequantize_linear", _dequantize, _fake_dequantize),
+    for name, more, function, fake in (
+        ("quantize_linear", rounding, _quantize, _fake_quantize),
+        ("dequantize_linear", "", _dequantize, _fake_dequantize),
     ):
-        _LIBRARY.define(f"{name}{signature} -> Tensor")
+        _LIBRARY.define(f"{name}({signature}{more}) -> Tensor")
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"foldline::{name}", fake, lib=_LIBRARY)
 

@@ -222,6 +222,8 @@ def _prelu(c: Call) -> Spec | None:
 def _quantize(c: Call) -> Spec | None:
     op = "dequantize" if "dequantize" in str(c.node.target) else "quantize"
     attrs = {"axis": c.get("axis"), "dtype": c.get("dtype"), "block": int(c.get("block"))}
+    if op == "quantize" and c.get("rounding") != "divide":
+        attrs["rounding"] = c.get("rounding")
     write = {
         "axis": lambda v: c.put("axis", v),
         "dtype": lambda v: c.put("dtype", v),

@@ -27,7 +27,7 @@ def fresh(g: ONNXGraph, name: str) -> str:
 def new_constant(g: ONNXGraph, name: str, data: np.ndarray) -> ir.Value:
     """A new initializer under a name nobody uses yet."""
     name = fresh(g, name)
-    tensor = ir.tensor(np.ascontiguousarray(data).reshape(data.shape), name=name)
+    tensor = ir.Tensor(np.ascontiguousarray(data).reshape(data.shape), name=name)
     native = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     g.model.graph.initializers.add(native)
     g.table.constant(native)

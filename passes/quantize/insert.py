@@ -56,17 +56,23 @@ class Inserter:
             self._grids[point.root] = self._grid(point.root, p)
         scale, zero = self._grids[point.root]
         attrs = {"axis": p.axis, "dtype": p.dtype, "block": 0}
+        rounding = {} if p.rule == "divide" else {"rounding": p.rule}  # torch graphs only: ONNX divides
         scope = point.value.producer.scope if point.value.producer is not None else ""
         after = point.value.producer
         source, clip = point.value, None
-        if point.form.bits < point.form.stored_bits:  # fewer levels than the type holds: the operator would use them
+        if p.narrow:  # fewer levels than the type holds: the operator would use them all
             low, high = ((end - float(p.zero_point)) * float(p.scale) for end in p.limits)
             clip = self.graph.insert(
                 "clip", [source], {"min": low, "max": high}, name=f"{name}_clip", after=after, scope=scope
             )
             source, after = clip.output, clip
         q = self.graph.insert(
-            "quantize", [source, scale, zero], attrs, name=f"{name}_quantize", after=after, scope=scope
+            "quantize",
+            [source, scale, zero],
+            attrs | rounding,
+            name=f"{name}_quantize",
+            after=after,
+            scope=scope,
         )
         dq = self.graph.insert(
             "dequantize", [q.output, scale, zero], attrs, name=f"{name}_dequantize", after=q, scope=scope

@@ -52,6 +52,11 @@ class QuantParams:
         least, most = LIMITS[name] if name in LIMITS else (-FLOAT_LIMITS[name], FLOAT_LIMITS[name])
         return (least if self.low is None else self.low), (most if self.high is None else self.high)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether values are kept out that the type holds; that -128 alone is left out does not count."""
+        return self.limits != replace(self, low=None, high=None).limits and self.limits not in ((-127, 127), (-7, 7))
+
     def spread(self, parameter: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Scale or zero point in a shape that broadcasts against a tensor of ``shape``."""
         if self.axis is None or parameter.ndim == 0:
