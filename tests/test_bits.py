@@ -16,6 +16,14 @@ from foldline.graph.verify import compare
 from foldline.passes.quantize.bits import MixedPrecision
 from foldline.passes.quantize.bits.costs import Budget, budgets, site_bytes, site_macs
 from foldline.passes.quantize.bits.mixed import first_samples
+from foldline.passes.quantize.bits.noise import (
+    QuantNoise,
+    discretise,
+    expected_bit_operations,
+    insert_quant_noise,
+    noises,
+    settle,
+)
 from foldline.passes.quantize.choices import narrowed
 from foldline.passes.quantize.placement import place
 from foldline.passes.quantize.spec import BackendSpec
@@ -166,3 +174,38 @@ def test_samples_are_counted() -> None:
     assert sum(len(next(iter(b.values()))) for b in first_samples(graph, batches, 6)) in (6, 8)
     assert len(first_samples(graph, batches, 4)) == 1
     assert np.isclose(next(iter(first_samples(graph, batches, 4)[0].values())).mean(), batches[0].mean().item())
+
+
+# ---- widths found by training with noise --------------------------------------------------------------------------
+def test_noise_has_the_variance_of_rounding_and_none_is_the_identity() -> None:
+    noise = QuantNoise((4,), seed=1).train()
+    w = torch.linspace(-1, 1, 200_000)
+    added = noise(w).detach() - w
+    step = 1 / 7
+    assert added.var().item() == pytest.approx(step**2 / 12, rel=0.02) and added.abs().max() <= step / 2
+    assert abs(added.mean().item()) < 1e-3
+    assert torch.equal(noise.eval()(w), w) and torch.equal(QuantNoise((4,), scale=0.0).train()(w), w)
+
+
+def test_search_settles_on_few_bits_where_they_do_not_matter() -> None:
+    model, batches = six()
+    x = torch.cat(batches)
+    wanted = model(x).detach()
+    found = insert_quant_noise(model, {"convs.0": (2, 8), "head": (2, 8)}, seed=3)
+    macs = {"convs.0": 1000, "head": 1000}
+    assert expected_bit_operations(model, macs).item() == pytest.approx(2 * 1000 * 5 * 8)  # the mean of 2 and 8 bits
+    model.train()
+    adam = torch.optim.Adam([n.logits for n in found.values()], lr=0.2)
+    for _ in range(60):
+        error = (model(x) - wanted).square().mean()
+        loss = error + settle(model) + expected_bit_operations(model, macs) / 8e4
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert settle(model).item() < 0.2
+    formats = discretise(model)
+    assert formats == {"convs.0": {"weight": 2}, "head": {"weight": 2}} and not noises(model)
+    np.testing.assert_allclose(model.eval()(x).detach(), wanted, atol=1e-6)
+    run = Pipeline([P.Quantize(formats=formats)]).run(model, batches[0], calibration=batches, verify=False)
+    layers = run.report.passes[-1].details["layers"]
+    assert sorted(d["weight_bits"] for d in layers.values()) == [2, 2, 8, 8, 8, 8]
