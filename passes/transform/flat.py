@@ -115,12 +115,12 @@ class FlatTransform(Pass):
         classes, refused = scaler.probe(site.boundary)
         found = self._learn(fresh, rows.rows, formats, classes, refused is None, seed)
         if found.after >= found.before:
-            data = {"error_before": found.before, "error_after": found.after}
-            return Decision(site.name, "kept", "no map lowers the error of the quantized outputs", data)
+            errors = {"error_before": found.before, "error_after": found.after}
+            return Decision(site.name, "kept", "no map lowers the error of the quantized outputs", errors)
         scaled = refused is None and isinstance(scaler.fold(site.boundary, found.factors), list)
         inverses = [np.linalg.inv(m).T for m in (found.left, found.right)]
         done = insert_kronecker(graph, env, site.boundary, found.left, found.right, inverses[0], inverses[1], "flat")
-        data = {
+        data: dict[str, Any] = {
             "sizes": [len(found.left), len(found.right)], "condition": found.condition, "error_before": found.before,
             "error_after": found.after, "activation_clip": found.clips[0], "weight_clip": found.clips[1],
             "scaled": scaled,

@@ -41,7 +41,7 @@ class Rotate(Pass):
 
     method: Literal["hadamard", "random", "learned"] = "hadamard"
     """Random Hadamard (or its nearest relative for the size), uniformly random, or learned from a random Hadamard."""
-    where: list[Kind] = Field(default_factory=lambda: ["residual", "inner"], min_length=1)
+    where: list[Kind] = Field(["residual", "inner"], min_length=1)
     """Kinds of groups: "residual" (a norm is over them), "inner" (one linear layer to another, so the values of
     attention), "query_key" (contracted between two activations)."""
     online: list[str] = Field(default_factory=list)

@@ -130,18 +130,18 @@ def search(site: Site, rows: Rows, formats: Formats, alphas: list[float], classe
     Args:
         classes: channels that must share a factor.
     """
-    x = rows.rows
-    assert rows.low is not None and rows.high is not None
+    x, low, high = rows.rows, rows.low, rows.high
+    assert low is not None and high is not None
     reference = np.concatenate([x @ m.T for m in site.matrices], 1)
     power = float(np.square(reference).sum(dtype=np.float64))
     peak, weight_peak = pooled(rows.peak.astype(np.float64), classes), pooled(site.weight_peak, classes)
 
     def error(s: np.ndarray | None) -> float:
         if s is None:
-            made = formats.activations(x, rows.low, rows.high)  # type: ignore[arg-type]
+            made = formats.activations(x, low, high)
             return layer_error(reference, made, [formats.weights(m) for m in site.matrices])
         f = s.astype(np.float32)
-        made = formats.activations(x / f, rows.low / f, rows.high / f)
+        made = formats.activations(x / f, low / f, high / f)
         return layer_error(reference, made, [formats.weights(m * f) for m in site.matrices])
 
     before = error(None)
