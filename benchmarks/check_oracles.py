@@ -131,7 +131,8 @@ class Verdict:
                 precise = f"{same} of {of} ({narrow} in 8 bits)"
         said = f"{self.trt_errors} errors" if self.trt_errors else "takes it"
         kernels = f"{self.ort_predicted} / {self.ort_found}"
-        return f"| {self.name} | {said} | {trt} | {precise} | {kernels} | {self.fixed} | {'yes' if self.agrees else 'NO'} |"
+        agree = "yes" if self.agrees else "NO"
+        return f"| {self.name} | {said} | {trt} | {precise} | {kernels} | {self.fixed} | {agree} |"
 
 
 def named(path: Path) -> None:

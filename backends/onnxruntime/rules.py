@@ -12,6 +12,7 @@ from ..base import Diagnostic, renamed
 from ..rules.onnx_file import OnnxFile, name_of
 from ..rules.qdq import PRODUCTS, Q, dequantizer, is_op, pairs, readers, stored
 from ..rules.rule import Finder, Hit, Rule, Where, run_rules
+from ..rules.validity import zero_shape
 from .flow import Fusion, bias_scale_fits, fusion, wrong_axis
 from .rules_cuda import RULES as CUDA_RULES
 
@@ -91,7 +92,7 @@ def _saturation(where: Where) -> Iterator[Hit]:
 def _zero_point(where: Where) -> Iterator[Hit]:
     for pair in pairs(where.file):
         if pair.zero is None and pair.quantizes and pair.dtype == "uint8":
-            yield pair.name, "the type is then uint8"
+            yield pair.name, "none is written"
 
 
 def _joins(where: Where) -> Iterator[Hit]:
@@ -121,6 +122,14 @@ RULES: tuple[Rule, ...] = (
         "float8 around a product makes ONNX Runtime build an invalid graph, which it refuses",
         "use uint8 activations and int8 weights",
         _said("float8"),
+    ),
+    Rule(
+        "zero-point-shape",
+        "error",
+        "zero points must be as many as scales",
+        "give each scale a zero point",
+        zero_shape,
+        "zero_points",
     ),
     Rule(
         "weight-axis",
@@ -191,7 +200,14 @@ RULES: tuple[Rule, ...] = (
         _said("relu"),
         "uint8",
     ),
-    Rule("bias-type", "slow", "the bias keeps the product in float", "store it as int32", _said("bias"), "int32_bias"),
+    Rule(
+        "bias-type",
+        "slow",
+        "a bias that is not int32 keeps the product in float",
+        "store it as int32",
+        _said("bias"),
+        "int32_bias",
+    ),
     Rule(
         "bias-scale-conv",
         "slow",
@@ -250,7 +266,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "zero-point",
         "slow",
-        "a QuantizeLinear without zero point",
+        "a QuantizeLinear without zero point means uint8",
         "write the zero point, also where it is 0",
         _zero_point,
         "zero_points",

@@ -1,9 +1,11 @@
-"""Rules of plain ONNX: what the standard does not allow, for any target."""
+"""Rules of plain ONNX, for any target, and what several targets refuse alike."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from ..base import Diagnostic
 from .onnx_file import OnnxFile
@@ -38,8 +40,6 @@ def _opset(where: Where) -> Iterator[Hit]:
             yield pair.name, f"{pair.dtype} needs opset {since}, the file has {where.file.opset}"
         if pair.block and where.file.opset < 21:
             yield pair.name, f"blocks need opset 21, the file has {where.file.opset}"
-        if where.file.rank(pair.scale) == 1 and where.file.shape(pair.scale) != (1,) and where.file.opset < 13:
-            yield pair.name, f"a scale per channel needs opset 13, the file has {where.file.opset}"
 
 
 def _zero_type(where: Where) -> Iterator[Hit]:
@@ -51,11 +51,15 @@ def _zero_type(where: Where) -> Iterator[Hit]:
             yield pair.name, f"it reads {data}, its zero point is {zero}"
 
 
-def _zero_constant_shape(where: Where) -> Iterator[Hit]:
+def zero_shape(where: Where) -> Iterator[Hit]:
+    """Zero points that are not as many as the scales; ONNX Runtime and TensorRT refuse them alike."""
     for pair in pairs(where.file):
         scale, zero = where.file.shape(pair.scale), where.file.shape(pair.zero)
-        if scale is not None and zero is not None and len(scale) != len(zero) and max(len(scale), len(zero)) > 1:
-            yield pair.name, f"the scale has {len(scale)} axes, the zero point {len(zero)}"
+        if scale is None or zero is None or None in scale or None in zero:
+            continue
+        sizes = [int(np.prod([d or 0 for d in s], dtype=np.int64)) for s in (scale, zero)]
+        if sizes[0] != sizes[1]:
+            yield pair.name, f"{sizes[0]} scales and {sizes[1]} zero points"
 
 
 def _axis(where: Where) -> Iterator[Hit]:
@@ -69,8 +73,13 @@ def _axis(where: Where) -> Iterator[Hit]:
 
 RULES: tuple[Rule, ...] = (
     Rule("opset", "error", "a type or form that the file's opset does not know", "write a newer opset", _opset),
-    Rule("zero-point-type", "error", "a zero point has the type of the integers", "store both alike", _zero_type),
-    Rule("zero-point-rank", "error", "a zero point has the scale's shape", "store both alike", _zero_constant_shape),
+    Rule(
+        "zero-point-type",
+        "error",
+        "a zero point must have the type of the integers that are read",
+        "store both alike",
+        _zero_type,
+    ),
     Rule("axis", "error", "an axis that the tensor does not have", "write the right axis", _axis),
 )
 

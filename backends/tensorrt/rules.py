@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..rules.rule import Rule
 from .rules_file import RULES as REFUSED
+from .rules_numbers import RULES as NUMBERS
 from .rules_speed import RULES as SLOW
 
-RULES: tuple[Rule, ...] = (*REFUSED, *SLOW)
+RULES: tuple[Rule, ...] = (*NUMBERS, *REFUSED, *SLOW)

@@ -95,7 +95,7 @@ def case_inputs() -> dict[str, tuple[str, dict[str, Any]]]:
                 },
             )
     for scale in SOFTMAX:
-        for columns in (1, 1000, 5000):
+        for columns in (1, 1000, 5000) if scale == 10 else (1, 1000):
             x = normal(7, columns) * scale
             if columns > 1:
                 x[1, : columns // 2] = -np.inf

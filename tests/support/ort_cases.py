@@ -97,6 +97,7 @@ def _convolutions() -> Iterator[Row]:
     yield "conv, int8 bias", "bias-type", 0, base, small
     yield "conv, wrong axis", "weight-axis", 1, base.replace("<axis=0>(w", "<axis=1>(w"), {"wrong": True}
     yield "conv, no zero points", "zero-point", 1, base.replace("sx, zx", "sx"), {"zx": U8(0)}
+    yield "conv, one zero point for many", "zero-point-shape", None, base, {"zw": I8(0)}
     for kind in (np.int16, np.uint16):
         yield f"conv {kind.__name__}", "type", 0, base, {"zx": kind(0), "z2": kind(0)}
     yield (

@@ -387,7 +387,8 @@ def _graphs(t: Table) -> None:
     t.mm("MatMulNBits", product, "nbits-float16", refused=True, **nbits)
     del h16
     lstm = "g (float[4,1,16] x) => (float[4,1,1,16] y) {\n"
-    cell = " a = DequantizeLinear(w, sx, zx)\n r = DequantizeLinear(u, sx, zx)\n y, h, c = LSTM<hidden_size=16>(x, a, r)\n}"
+    cell = " a = DequantizeLinear(w, sx, zx)\n r = DequantizeLinear(u, sx, zx)\n"
+    cell += " y, h, c = LSTM<hidden_size=16>(x, a, r)\n}"
     t.mm("lstm", cell, "recurrent", head=lstm, w=integers(1, 64, 16), u=integers(1, 64, 16), sw=None, zw=None)
     size = " s = DequantizeLinear(n, one, zx)\n i = Cast<to=7>(s)\n y = Reshape(x, i)\n}"
     t.mm(
@@ -409,7 +410,8 @@ def _graphs(t: Table) -> None:
 
 def _attention(t: Table) -> None:
     head = "g (float16[2,4,64,64] q, float16[2,4,64,64] k, float16[2,4,64,64] v) => (float16[2,4,64,64] y) {\n"
-    core = " t = Transpose<perm=[0,1,3,2]>({k})\n s = MatMul({q}, t)\n m = Mul(s, f)\n p = Softmax<axis=-1>(m)\n{pair} y = MatMul({p}, {v})\n}}"
+    core = " t = Transpose<perm=[0,1,3,2]>({k})\n s = MatMul({q}, t)\n m = Mul(s, f)\n"
+    core += " p = Softmax<axis=-1>(m)\n{pair} y = MatMul({p}, {v})\n}}"
     constants = {"sx": np.float16(0.1), "zx": I8(0), "f": np.float16(0.125)}
     plain = core.format(q="q", k="k", v="v", p="p", pair="")
     t.add("attention", model(head + plain, constants))
