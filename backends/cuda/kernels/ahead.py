@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from ....graph.errors import BackendError
 from . import binary, int4, int8, kronecker, softmax
-from .common import INTERPRETED
+from .common import ACTIVATIONS, INTERPRETED
 
 CAPABILITIES = (80, 89, 90)
 """Ampere, Ada and Hopper."""
@@ -56,14 +56,19 @@ def variants(every_config: bool = False) -> Iterator[Variant]:
     for config in tuned(int8.CONFIGS):
         for out, requantize, whole, act in (("*bf16", False, True, "gelu"), ("*i8", True, False, "silu")):
             pointers = {"x": "*i8", "w": "*i8", **scales, "out": out}
-            constants = {**flags, "REQUANTIZE": requantize, "ACTIVATION": act, "WHOLE_K": whole}
+            constants = {**flags, "REQUANTIZE": requantize, "ACTIVATION": ACTIVATIONS[act], "WHOLE_K": whole}
             yield Variant(f"int8_linear to {out[1:]}", int8.int8_linear_kernel, pointers, constants, config)
     for config in tuned(int4.CONFIGS):
         for kind in ("bf16", "fp16", "fp32"):
             group = 128 if kind == "bf16" else 32
             pointers = {"x": f"*{kind}", "w": "*u8", "scales": "*fp32", "zeros": "*u8", "bias": "*fp32"}
             pointers["out"] = f"*{kind}"
-            constants = {"GROUP": group, "HAS_BIAS": True, "ACTIVATION": "gelu_tanh", "IEEE": kind == "fp32"}
+            constants = {
+                "GROUP": group,
+                "HAS_BIAS": True,
+                "ACTIVATION": ACTIVATIONS["gelu_tanh"],
+                "IEEE": kind == "fp32",
+            }
             yield Variant(f"int4_linear {kind} group {group}", int4.int4_linear_kernel, pointers, constants, config)
     tables = {"tables": "*fp32", "codes": "*u8", "alphas": "*fp32", "bias": "*fp32"}
     pointers = {"x": "*bf16", "tables": "*fp32"}

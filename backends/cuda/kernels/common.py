@@ -36,16 +36,20 @@ def tile_order(pid, m_tiles, n_tiles, GROUP_M: tl.constexpr):
     return first + inside % rows, inside // rows
 
 
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+"""Kernels take numbers: not every compiler that calls them writes strings as constants."""
+
+
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """A float32 tile after the activation named."""
-    if ACTIVATION == "relu":
+    """A float32 tile after the activation of that number."""
+    if ACTIVATION == 1:
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "gelu":
+    elif ACTIVATION == 2:
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
+    elif ACTIVATION == 3:
         y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    elif ACTIVATION == "silu":
+    elif ACTIVATION == 4:
         y = y * tl.sigmoid(y)
     return y
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import activate, launch, tile_order
+from .common import ACTIVATIONS, activate, launch, tile_order
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
@@ -143,7 +143,7 @@ def int4_linear(
         out.stride(0),
         GROUP=group,
         HAS_BIAS=bias is not None,
-        ACTIVATION=activation,
+        ACTIVATION=ACTIVATIONS[activation],
         IEEE=x.dtype == torch.float32,
     )
     return out

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import activate, launch, round_even, tile_order
+from .common import ACTIVATIONS, activate, launch, round_even, tile_order
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:
@@ -143,7 +143,7 @@ def int8_linear(
         HAS_OFFSET=offset is not None,
         HAS_BIAS=bias is not None,
         REQUANTIZE=out_scale is not None,
-        ACTIVATION=activation,
+        ACTIVATION=ACTIVATIONS[activation],
         WHOLE_K=k % DEPTH == 0,
     )
     return out
