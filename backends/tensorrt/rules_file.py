@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
 from ..rules.onnx_file import MICROSOFT, OnnxFile, name_of
-from ..rules.qdq import Pair, dequantizer, is_op, pairs, quantizer
+from ..rules.qdq import Pair, dequantizer, is_op, pairs
 from ..rules.rule import Hit, Rule, Where
 from .flow import state
 from .operators import CONTRIB, DYNAMIC, NO_PLUGIN, QOPERATORS, UNSUPPORTED
@@ -18,34 +17,6 @@ SAME_TYPE = frozenset(
     "Add Sub Mul Div Pow Min Max Sum Mean MatMul Gemm Conv ConvTranspose Concat Where PRelu Equal Greater Less "
     "GreaterOrEqual LessOrEqual LayerNormalization BatchNormalization InstanceNormalization".split()
 )
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _operand_types(where: Where) -> Iterator[Hit]:
@@ -111,8 +82,6 @@ def _mixed(where: Where) -> Iterator[Hit]:
         found = {where.file.static_dtype(v) for v in operands if v is not None} & FLOATS
         if len(found) > 1:
             yield name_of(node), " and ".join(sorted(found))
-
-
 
 
 def _nbits(where: Where) -> Iterator[Hit]:
@@ -181,14 +150,10 @@ def _dequantized_behind(file: OnnxFile, value: ir.Value | None) -> Pair | None:
     return None
 
 
-
-
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         "operand-types", "error", "the operands of a product must share one type", "quantize both alike", _operand_types
-    ),,
+    ),
     Rule(
         "qoperator",
         "error",
@@ -196,21 +161,21 @@ RULES: tuple[Rule, ...] = (
         "write QuantizeLinear and DequantizeLinear",
         _qoperators,
         "qdq",
-    ),,
+    ),
     Rule(
         "dynamic-quantization",
         "error",
         "operators that quantize at run time are not imported",
         "quantize statically",
         _dynamic,
-    ),,
+    ),
     Rule(
         "operator",
         "error",
         "the parser does not import this operator, or finds no kernel for it",
         "replace it, or load a plugin",
         _operators,
-    ),,
+    ),
     Rule(
         "stored-moved",
         "error",
@@ -218,32 +183,32 @@ RULES: tuple[Rule, ...] = (
         "dequantize first",
         _stored_moved,
         "dequantize_first",
-    ),,
+    ),
     Rule(
         "mixed-types",
         "error",
         "operands must have one type (strongly typed networks)",
         "cast one of them, or give scales the activation's type",
         _mixed,
-    ),,
-    Rule("nbits-float16", "error", "MatMulNBits takes float16 only", "convert to float16, or to QDQ", _nbits),,
+    ),
+    Rule("nbits-float16", "error", "MatMulNBits takes float16 only", "convert to float16, or to QDQ", _nbits),
     Rule(
         "block-division",
         "error",
         "the axis must be a whole number of blocks",
         "choose a block size that divides it",
         _block_division,
-    ),,
+    ),
     Rule(
         "block-axis", "error", "blocks lie along one of the last two axes", "quantize along another axis", _block_axis
-    ),,
+    ),
     Rule(
         "attention-op",
         "error",
         "the operator Attention has no kernel in float32",
         "use float16, or write it out",
         _attention_op,
-    ),,
+    ),
     Rule(
         "shape-tensor",
         "error",
@@ -251,5 +216,5 @@ RULES: tuple[Rule, ...] = (
         "leave shape tensors alone",
         _shape_tensor,
         "shapes",
-    ),,
+    ),
 )

@@ -149,7 +149,7 @@ def _few(values: np.ndarray) -> str:
 RULES: tuple[Rule, ...] = (
     Rule(
         "zero-point", "error", "a zero point other than 0 is refused", "quantize symmetrically", _zero_nonzero, "int8"
-    ),,
+    ),
     Rule(
         "uint8-activation",
         "silently wrong",
@@ -157,7 +157,7 @@ RULES: tuple[Rule, ...] = (
         "quantize to int8, symmetrically",
         _uint8,
         "int8",
-    ),,
+    ),
     Rule(
         "uint8-default",
         "silently wrong",
@@ -165,27 +165,27 @@ RULES: tuple[Rule, ...] = (
         "write the zero point, as int8",
         _uint8_default,
         "int8",
-    ),,
-    Rule("uint8-stored", "error", "stored or incoming uint8 is refused", "store int8", _uint8_stored, "int8"),,
+    ),
+    Rule("uint8-stored", "error", "stored or incoming uint8 is refused", "store int8", _uint8_stored, "int8"),
     Rule(
         "scale-constant",
         "error",
         "a scale must be constant; otherwise the parser crashes",
         "calibrate, and store the scale",
         _scale_constant,
-    ),,
+    ),
     Rule(
         "scale-positive", "error", "every scale must be above 0", "quantize again: the range was empty", _scale_positive
-    ),,
+    ),
     Rule(
         "scale-finite",
         "inaccurate",
         "a scale out of its type's normal range",
         "quantize again, with float32 scales",
         _scale_finite,
-    ),,
-    Rule("scale-rank", "error", "a scale of rank 2 or more needs blocks", "store one axis of scales", _scale_rank),,
-    Rule("scale-length", "error", "scales must be as many as the axis is long", "quantize again", _scale_length),,
+    ),
+    Rule("scale-rank", "error", "a scale of rank 2 or more needs blocks", "store one axis of scales", _scale_rank),
+    Rule("scale-length", "error", "scales must be as many as the axis is long", "quantize again", _scale_length),
     Rule(
         "zero-point-shape",
         "error",
@@ -193,7 +193,7 @@ RULES: tuple[Rule, ...] = (
         "give each scale a zero point",
         zero_shape,
         "zero_points",
-    ),,
+    ),
     Rule(
         "bias-int32",
         "error",
@@ -201,29 +201,29 @@ RULES: tuple[Rule, ...] = (
         "keep the bias in float",
         _bias,
         "float_bias",
-    ),,
+    ),
     Rule(
         "type",
         "error",
         "only int8, int4, float8 e4m3 and float4 are known",
         "use int8, fp8 e4m3 or int4 blocks",
         _types,
-    ),,
+    ),
     Rule(
         "int4-activation",
         "silently wrong",
         "int4 is for weights; an activation is quantized to int8 instead",
         "quantize activations to int8",
         _int4_activation,
-    ),,
+    ),
     Rule(
         "capability",
         "error",
         "the GPU that is built for lacks this type",
         "build for a newer one, or use int8",
         _capability,
-    ),,
-    Rule("input-type", "error", "QuantizeLinear takes floats only here", "cast to float first", _input_type),,
+    ),
+    Rule("input-type", "error", "QuantizeLinear takes floats only here", "cast to float first", _input_type),
     Rule(
         "float64",
         "inaccurate",
@@ -231,5 +231,5 @@ RULES: tuple[Rule, ...] = (
         "convert to float32",
         _precision_lost,
         severity="info",
-    ),,
+    ),
 )
