@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .quantize.cache import QuantizeCache
     from .quantize.correct.bias import BiasCorrection
     from .quantize.correct.bn_retune import BnRetune
+    from .quantize.correct.calib_augment import CalibAugment
     from .quantize.correct.norm_tweak import NormTweak
     from .quantize.correct.pre_calibrate import PreCalibrate
     from .quantize.diagnose import Diagnose
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     lower: Callable[..., Result]
     materialise: Callable[..., Result]
     norm_tweak: Callable[..., Result]
+    calib_augment: Callable[..., Result]
     sensitivity: Callable[..., Result]
     pre_calibrate: Callable[..., Result]
     diagnose: Callable[..., Result]
@@ -111,6 +113,7 @@ __all__ = [
     "BiasCorrection",
     "Bind",
     "BnRetune",
+    "CalibAugment",
     "Clean",
     "CompressWeights",
     "Context",
@@ -168,6 +171,7 @@ __all__ = [
     "bias_correction",
     "bind",
     "bn_retune",
+    "calib_augment",
     "clean",
     "compare_with_scratch",
     "compress_weights",

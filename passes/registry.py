@@ -48,6 +48,7 @@ BUILTIN: dict[str, tuple[str, str]] = {
     "bind": (".reparam.bind", "Bind"),
     "bias_correction": (".quantize.correct.bias", "BiasCorrection"),
     "bn_retune": (".quantize.correct.bn_retune", "BnRetune"),
+    "calib_augment": (".quantize.correct.calib_augment", "CalibAugment"),
     "diagnose": (".quantize.diagnose", "Diagnose"),
     "pre_calibrate": (".quantize.correct.pre_calibrate", "PreCalibrate"),
     "sensitivity": (".quantize.sensitivity.sensitivity_pass", "Sensitivity"),
