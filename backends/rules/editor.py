@@ -50,7 +50,7 @@ class Editor:
         """A new initializer."""
         name = self.unique(name)
         tensor = ir.tensor(np.array(data, order="C"), name=name)  # ascontiguousarray makes scalars vectors
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.initializers[name] = value
         return value
 

@@ -100,7 +100,8 @@ class OnnxFile:
             found = ReferenceEvaluator(proto).run(None, feeds)
         except Exception:  # the evaluator raises whatever its numpy code does; the value then counts as unknown
             return None
-        return np.asarray(found[value.index() or 0])
+        results: list[Any] = list(found)  # type: ignore[arg-type]
+        return np.asarray(results[value.index() or 0])
 
     def static_dtype(self, value: ir.Value | None) -> str:
         """Element type of a value in numpy's words, or "" where it is unknown."""
@@ -143,7 +144,7 @@ class OnnxFile:
         if value is None:
             return None
         if value.const_value is not None:
-            return tuple(int(d) for d in value.const_value.shape)  # type: ignore[call-overload]
+            return tuple(int(d) for d in value.const_value.shape)  # type: ignore[arg-type]
         if value.shape is not None:
             return tuple(d if isinstance(d, int) else None for d in value.shape)
         found = self._inferred.get(value.name or "", (None, None))[1]
@@ -151,6 +152,12 @@ class OnnxFile:
             data = self.const(value)
             return None if data is None else data.shape
         return found
+
+    def sizes(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The shape where all of it is fixed, else None."""
+        found = self.shape(value)
+        known = tuple(d for d in found or () if d is not None)
+        return known if found is not None and len(known) == len(found) else None
 
     def rank(self, value: ir.Value | None) -> int | None:
         found = self.shape(value)
@@ -177,7 +184,7 @@ def _skeleton(model: ir.Model) -> ir.Model:
         if tensor is not None and tensor.nbytes > SKELETON:
             copy.graph.initializers.pop(value.name or "")
             if not value.is_graph_input():
-                value.shape, value.dtype = ir.Shape(tensor.shape), tensor.dtype
+                value.shape, value.dtype = ir.Shape(tuple(tensor.shape)), tensor.dtype  # type: ignore[arg-type]
                 copy.graph.inputs.append(value)
     return copy
 

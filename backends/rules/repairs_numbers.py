@@ -137,12 +137,12 @@ def _cut(editor: Editor, q: Pair) -> tuple[float, float] | None:
 def zero_points(editor: Editor, names: set[str]) -> None:
     """Missing zero points are written; a single one becomes as many as there are scales."""
     for pair in named(editor, names):
-        scale = editor.file.shape(pair.scale)
-        if scale is None or None in scale or not pair.dtype:
+        scale = editor.file.sizes(pair.scale)
+        if scale is None or not pair.dtype:
             continue
         zeros = pair.zeros
         kind = np.dtype(pair.dtype) if zeros is None else zeros.dtype
-        data = np.zeros(scale, kind) if zeros is None else np.broadcast_to(zeros.reshape(-1)[:1], scale)  # type: ignore[arg-type]
+        data = np.zeros(scale, kind) if zeros is None else np.broadcast_to(zeros.reshape(-1)[:1], scale)
         editor.set_operand(pair.node, 2, editor.store(f"{pair.name}_zero_point", np.array(data)))
         editor.say("zero points written", pair.node)
 

@@ -51,6 +51,8 @@ class TensorRTArtifact(Artifact):
             the engine computes up to the rounding of its accumulators; :meth:`benchmark` refuses.
     """
 
+    path: Path
+
     def __init__(
         self,
         model: ir.Model,

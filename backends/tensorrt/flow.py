@@ -121,8 +121,8 @@ def _moved(file: OnnxFile, node: ir.Node, axis: int) -> int:
             return -1
         across = across + rank if across < 0 else across
         return axis if axis < across else axis + index - 1 if axis > across else -1
-    before, after = file.shape(node.inputs[0]), file.shape(node.outputs[0])
-    if before is None or after is None or None in before or None in after:
+    before, after = file.sizes(node.inputs[0]), file.sizes(node.outputs[0])
+    if before is None or after is None:
         return -1
     # A reshape keeps an axis whole where the products of the sizes before it agree.
     lead = int(np.prod(before[:axis], dtype=np.int64))

@@ -94,8 +94,9 @@ def _nbits(where: Where) -> Iterator[Hit]:
 def _block_division(where: Where) -> Iterator[Hit]:
     for pair in pairs(where.file):
         data, axis = where.file.shape(pair.data), pair.positive_axis
-        if pair.block and data is not None and axis is not None and data[axis] is not None and data[axis] % pair.block:
-            yield pair.name, f"{data[axis]} elements in blocks of {pair.block}"
+        length = None if data is None or axis is None else data[axis]
+        if pair.block and length is not None and length % pair.block:
+            yield pair.name, f"{length} elements in blocks of {pair.block}"
 
 
 def _block_axis(where: Where) -> Iterator[Hit]:
