@@ -18,7 +18,7 @@ from foldline.passes.quantize.spec import TensorFormat
 from foldline.passes.recover.runner import bound
 from support.frontends import load
 from support.resnet_cifar import resnet20
-from support.rounding import job, mse
+from support.rounding import job, mse, outputs
 from torch import nn
 
 
@@ -67,7 +67,7 @@ def encoder() -> tuple[nn.Module, list[torch.Tensor]]:
     return Encoder().eval(), [torch.randn(16, 6, 8) for _ in range(4)]
 
 
-# ---- blocks -----------------------------------------------------------------------------------------------------------
+# ---- blocks -------------------------------------------------------------------------------------------------------
 def sites(model: nn.Module, x: torch.Tensor, front: str, most: int = 16) -> list[list[str]]:
     """Weights of every block, by name."""
     sim = Simulation(job(load(model, (x,), front), [x]))
@@ -121,7 +121,7 @@ def test_a_tangle_is_cut_into_layers() -> None:
     assert max(len(b) for b in sites(Hourglass().eval(), x, "fx", most=3)) == 1
 
 
-# ---- samples ------------------------------------------------------------------------------------------------------------
+# ---- samples ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("baked", [False, True])
 def test_samples_mix_only_where_rows_are_independent(baked: bool) -> None:
     class Net(nn.Module):
@@ -150,7 +150,7 @@ def test_samples_mix_only_where_rows_are_independent(baked: bool) -> None:
     assert picked.size == (8 if baked else 5)
 
 
-# ---- activation scales --------------------------------------------------------------------------------------------------
+# ---- activation scales --------------------------------------------------------------------------------------------
 def test_learned_steps_have_the_gradient_of_lsq() -> None:
     a = Activation(range_params(-1.0, 3.0, TensorFormat("uint8", range=(0, 15))))
     assert a.scale is not None
@@ -181,7 +181,7 @@ def test_dropping_leaves_a_share_in_float() -> None:
         assert len(a(x).unique()) <= 4
 
 
-# ---- the whole --------------------------------------------------------------------------------------------------------
+# ---- the whole ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("front", ["fx", "onnx"])
 def test_reconstruction_beats_nearest_and_layers(front: str) -> None:
     model, batches = residual()
@@ -275,3 +275,31 @@ def test_a_wrong_recipe_is_refused() -> None:
     model, batches = residual()
     with pytest.raises(ConfigError, match="freedom"):
         round_weights(job(load_torch(model, batches[0]), batches, "reconstruct", freedom="adaroundd"))
+
+
+# ---- trained weights ------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_a_trained_resnet20_at_4_bits() -> None:
+    """F8-01, F8-02, F8-06: every layer at most nearest's error, held-out error at most twice, accuracy kept."""
+    from support.data import cifar10, trained_resnet
+
+    images, labels = cifar10("train", 128)[0], cifar10("test", 200)
+    graph = P.fold(trained_resnet(20), images[:64], verify=False).graph
+    batches = list(images.split(64))
+    right, error = {}, {}
+    for method, options in (
+        ("nearest", {}),
+        ("gptq", {"rows": 8192}),
+        ("reconstruct", {"steps": 10, "rows": 8192, "samples": 64}),
+    ):
+        j = job(graph, batches, method, weight_bits=4, activation_bits=8, **options)
+        found = round_weights(j)
+        f, q = outputs(j, found, labels[0])
+        right[method] = float((q.argmax(1) == labels[1].numpy()).mean())
+        error[method] = float(np.square(f - q).sum() / np.square(f).sum())
+        if method == "gptq":
+            assert all(r.details["mse"] <= r.details["mse_nearest"] for r in found.values())
+            seen = mse(j, found, batches[0])
+            assert error[method] <= 2 * seen + 1e-3
+    assert error["gptq"] < 0.25 * error["nearest"] and error["reconstruct"] < 0.25 * error["nearest"]
+    assert right["gptq"] >= right["nearest"] and right["reconstruct"] >= right["nearest"]

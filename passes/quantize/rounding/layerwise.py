@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...recover.layers import LinearOp, linear_op
 from ...recover.runner import bound
-from ...recover.solve import Normal
-from .gptq import MatrixGrid, Quadratic, damped, descend, gptq, scale_factor
+from ...recover.solve import Normal, solve
+from .gptq import MatrixGrid, Quadratic, descend, gptq, scale_factor
 from .grid import Grid, is_integer
 from .job import Rounded, RoundingJob
 from .matrix import full, moments, rows, unrows
@@ -164,12 +164,13 @@ def _layer(
     # A bias that is added by a later node is no part of this node's output.
     inside = bias if site.bias_position == site.position else None
     limit = max(chosen.rows, PER_COLUMN * matrix.shape[2])
-    normal = moments(op, inputs, wanted, inside, limit, sim.job.seed)
-    xx, xy, _ = normal.moments(centred)
-    hessian = damped(xx, chosen.damping)
-    rest = xy - xx @ matrix.transpose(1, 2)
-    step = torch.linalg.solve(hessian, rest).transpose(1, 2)
-    target = matrix + chosen.asymmetry * step
+    folds = moments(op, inputs, wanted, inside, limit, sim.job.seed)
+    normal = folds[0] + folds[1]
+    xx, _, _ = normal.moments(centred)
+    target = matrix
+    if chosen.asymmetry:
+        # What the layer should be on these inputs, as far as one half of the samples tells about the other.
+        target = matrix + chosen.asymmetry * (solve(folds, matrix, "auto", centred).matrix - matrix)
     return Layer(site, op, grid, weight, bias, normal, Quadratic(xx, target), centred)
 
 

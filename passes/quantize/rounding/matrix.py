@@ -45,34 +45,42 @@ def full(op: LinearOp, parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def moments(
     op: LinearOp, inputs: list[Tensor], outputs: list[Tensor], bias: Tensor | None, limit: int, seed: int
-) -> Normal:
+) -> list[Normal]:
     """Normal equations of the wanted outputs (less the bias) on the inputs, over rows drawn at random.
 
     Args:
         inputs, outputs: per batch; outputs as they should be.
         bias: [G * O] or None.
         limit: rows (output positions, tokens) at most over all batches, spread over all of them alike.
+
+    Returns:
+        Two lots, of the first and of the second half of every batch's samples.
     """
     total = sum(op.rows_in(y) for y in outputs)
     share = min(1.0, limit / max(total, 1))
     draw = torch.Generator().manual_seed(seed)
-    found: Normal | None = None
+    folds: list[Normal | None] = [None, None]
     for x, y in zip(inputs, outputs, strict=True):
-        count = op.rows_in(y)
-        if not count:
-            continue
-        picks = None
-        if share < 1:
-            picks = torch.randperm(count, generator=draw)[: max(1, round(share * count))]
-        for part in _parts(op, x, count, picks):
-            patches, wanted = _patches(op, x, y, part), _outputs(op, y, part)
-            if bias is not None:
-                wanted = wanted - bias.reshape(op.groups, 1, -1)
-            if found is None:
-                found = Normal(op.groups, patches.shape[2], wanted.shape[2])
-            found.update(patches, wanted)
-    assert found is not None
-    return found
+        half = (x.shape[0] + 1) // 2
+        for i, part in enumerate((slice(0, half), slice(half, None))):
+            xs, ys = x[part], y[part]
+            count = op.rows_in(ys)
+            if not count:
+                continue
+            picks = None
+            if share < 1:
+                picks = torch.randperm(count, generator=draw)[: max(1, round(share * count))]
+            for some in _parts(op, xs, count, picks):
+                patches, wanted = _patches(op, xs, ys, some), _outputs(op, ys, some)
+                if bias is not None:
+                    wanted = wanted - bias.reshape(op.groups, 1, -1)
+                fold = folds[i] or Normal(op.groups, patches.shape[2], wanted.shape[2])
+                fold.update(patches, wanted)
+                folds[i] = fold
+    first = folds[0] or folds[1]
+    assert first is not None
+    empty = Normal(*first.xx.shape[:2], first.y.shape[1])
+    return [folds[0] or empty, folds[1] or empty]
 
 
 CHUNK = 1 << 24
