@@ -207,7 +207,14 @@ def _qdq(name: str) -> Builder:
         from . import custom as fx_custom
 
         zero_point = x[2] if len(x) > 2 else None
-        args = (x[0], x[1], zero_point, a.get("axis"), a.get("dtype", "int8"), int(a.get("block") or 0))
+        args: tuple[Any, ...] = (
+            x[0],
+            x[1],
+            zero_point,
+            a.get("axis"),
+            a.get("dtype", "int8"),
+            int(a.get("block") or 0),
+        )
         if a.get("rounding", "divide") != "divide" and name == "quantize_linear":
             args = (*args, a["rounding"])
         return getattr(fx_custom, name), args, {}

@@ -94,9 +94,15 @@ class FXEdits(FXView):
 
     _stored_names: set[str] | None = None
     _last_stored: fx.Node | None = None
+    _node_names: set[str] | None = None
 
     def _first_call(self) -> fx.Node:
-        return next(n for n in self.fx.nodes if n.op not in ("placeholder", "get_attr"))
+        """The first call; what stands before it are inputs and stored tensors."""
+        last = self._last_stored
+        node = next(iter(self.fx.nodes)) if last is None or last._erased else last
+        while node.op in ("placeholder", "get_attr"):
+            node = node.next
+        return node
 
     # ---- attributes ------------------------------------------------------------------------------------------
     def set_attr(self, node: Node, **attrs: Any) -> None:
@@ -262,11 +268,13 @@ class FXEdits(FXView):
         return node
 
     def _unique_name(self, base: str) -> str:
-        taken = {n.name for n in self.nodes}
+        if self._node_names is None:
+            self._node_names = {n.name for n in self.nodes}
         name, k = base, 1
-        while name in self.values or name in taken:
+        while name in self.values or name in self._node_names:
             k += 1
             name = f"{base}_{k}"
+        self._node_names.add(name)
         return name
 
     def erase(self, node: Node) -> None:
@@ -298,6 +306,8 @@ class FXEdits(FXView):
         self._dirty.discard(node.native)
         self.fx.erase_node(node.native)
         self.nodes.remove(node)
+        if self._node_names is not None:
+            self._node_names.discard(node.name)
         self._drop_unused(node.inputs)
         self._drop_unused_weights()
 

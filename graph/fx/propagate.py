@@ -11,8 +11,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import ConstraintError
+from . import custom
 from .functional import packet
 from .shortcuts import shortcut
+
+# A quantizer inserts thousands: their fake results without a trip through torch's dispatcher.
+_PLAIN: dict[Any, Any] = {
+    custom.quantize_linear: custom._fake_quantize,
+    custom.dequantize_linear: custom._fake_dequantize,
+}
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -33,6 +40,10 @@ def propagate(mode: FakeTensorMode | None, node: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     if mode is None:
         return _on_meta(node, args, kwargs)
+    alike = _PLAIN.get(node.target) if not kwargs else None
+    if alike is not None:
+        with mode, torch.no_grad():
+            return alike(*args)
     level = _FAKE_LOG.level
     _FAKE_LOG.setLevel(logging.CRITICAL)  # torch logs a traceback of what is raised as a ConstraintError here
     known = {} if mode.shape_env is None else dict(mode.shape_env.replacements)

@@ -144,7 +144,7 @@ class Inserter:
         """The stored integers and the weight's quality in decibel; tied weights with equal integers are stored once."""
         p, key = made.params, None
         if self._shared[id(site.weight)] > 1:
-            digest = hashlib.sha256(np.ascontiguousarray(made.integers).view(np.uint8).reshape(-1)).digest()
+            digest = hashlib.sha256(np.ascontiguousarray(made.integers).view(np.uint8).data).digest()
             key = (id(site.weight), p.axis, p.block, p.scale.tobytes(), p.zero_point.tobytes(), digest)
             if key in self._integers:
                 return self._integers[key]

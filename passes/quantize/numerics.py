@@ -125,14 +125,14 @@ def _rounded_scale(scale: np.ndarray, form: TensorFormat) -> np.ndarray:
     """Scales in their stored type, positive: a power of two is rounded up (nothing clips), others to the nearest."""
     if form.scale_dtype == "float32":
         found = scale.astype(np.float32)
-        smallest = np.finfo(np.float32).smallest_subnormal
+        smallest = float(np.finfo(np.float32).smallest_subnormal)
     else:
         stored = numpy_dtype(form.scale_dtype)
         if form.scale_dtype == "float8_e8m0fnu":
             with np.errstate(divide="ignore"):
                 exponent = np.ceil(np.log2(np.asarray(scale, np.float64)))
             found = np.exp2(np.clip(exponent, -127, 127)).astype(stored)
-            smallest = np.exp2(-127.0)
+            smallest = 2.0**-127
         else:
             import ml_dtypes
 

@@ -113,12 +113,12 @@ def _follow(softmax: Node, nodes: dict[str, Node]) -> bool:
 def _masks(cores: dict[str, Node]) -> list[Node]:
     """What feeds the cores' additions and selections without being part of a core, and serves nothing else."""
     found: dict[str, Node] = {}
-    stack = []
-    for node in cores.values():
-        if node.op == "sdpa":
-            stack += [node.inputs[3]] if len(node.inputs) > 3 else []
-        elif node.op in ("add", "sub", "where", "masked_fill", "mul"):
-            stack += [v for v in node.inputs if v is not None and (v.producer is None or v.producer.name not in cores)]
+    stack: list[Value | None] = []
+    for core in cores.values():
+        if core.op == "sdpa":
+            stack += core.inputs[3:4]
+        elif core.op in ("add", "sub", "where", "masked_fill", "mul"):
+            stack += [v for v in core.inputs if v is not None and (v.producer is None or v.producer.name not in cores)]
     while stack:
         value = stack.pop()
         node = None if value is None else value.producer
