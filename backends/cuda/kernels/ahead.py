@@ -84,12 +84,14 @@ def variants(every_config: bool = False) -> Iterator[Variant]:
     for kind, side in (("bf16", 64), ("fp16", 128), ("fp32", 32)):
         pointers = {"x": f"*{kind}", "left": "*fp32", "right": "*fp32", "q": "*i8", "scale": "*fp32"}
         constants = {"LOW": -128, "HIGH": 127, "FIXED": kind == "fp16", "IEEE": kind == "fp32"}
-        config = single(BLOCK_1=side, BLOCK_2=side)
-        name = f"kronecker_quantize {kind} {side} x {side}"
-        yield Variant(name, kronecker.kronecker_quantize_kernel, pointers, constants, config)
+        constants |= {"BLOCK_1": side, "BLOCK_2": side}
+        for config in tuned(kronecker.CONFIGS):
+            name = f"kronecker_quantize {kind} {side} x {side}"
+            yield Variant(name, kronecker.kronecker_quantize_kernel, pointers, constants, config)
     for kind in ("bf16", "fp32"):
         pointers = {"x": f"*{kind}", "out": f"*{kind}"}
-        yield Variant(f"two_pass_softmax {kind}", softmax.two_pass_softmax_kernel, pointers, {}, single(BLOCK=1024))
+        for config in tuned(softmax.CONFIGS):
+            yield Variant(f"two_pass_softmax {kind}", softmax.two_pass_softmax_kernel, pointers, {}, config)
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:

@@ -8,8 +8,7 @@ import triton.language as tl
 
 from .common import launch, round_even
 
-LARGEST = 128
-"""Largest side of a factor: both factors and the token then fit into one program's registers and shared memory."""
+CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (2, 4, 8, 16)]
 
 
 @triton.jit
@@ -61,6 +60,9 @@ def j_times(i, N1):
     return i[None, :] * N1 + i[:, None]
 
 
+tuned = triton.autotune(configs=CONFIGS, key=["N1", "N2"])(kronecker_quantize_kernel)
+
+
 def kronecker_quantize(
     x: torch.Tensor,
     left: torch.Tensor,
@@ -78,7 +80,7 @@ def kronecker_quantize(
     n1, n2 = left.shape[0], right.shape[0]
     wide = max(16, triton.next_power_of_2(n1)), max(16, triton.next_power_of_2(n2))
     launch(
-        kronecker_quantize_kernel,
+        tuned,
         kronecker_quantize_kernel,
         {},
         (x.shape[0],),

@@ -8,6 +8,9 @@ import triton.language as tl
 
 from .common import launch
 
+CONFIGS = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in ((512, 4), (1024, 4), (2048, 8), (4096, 8), (8192, 16))]
+FALLBACK = {"BLOCK": 1024}
+
 
 @triton.jit
 def power_of_two(d):
@@ -75,20 +78,11 @@ def two_pass_softmax_kernel(x, out, COLUMNS, stride_x, stride_out, BLOCK: tl.con
         tl.store(out + row * stride_out + at + lane, y.to(out.dtype.element_ty), mask=inside)
 
 
+tuned = triton.autotune(configs=CONFIGS, key=["COLUMNS"])(two_pass_softmax_kernel)
+
+
 def two_pass_softmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Fill ``out`` [rows, columns] with the softmax of x along columns; see ``foldline::two_pass_softmax``."""
     rows, columns = x.shape
-    block = min(max(triton.next_power_of_2(columns), 32), 4096)
-    launch(
-        two_pass_softmax_kernel,
-        two_pass_softmax_kernel,
-        {},
-        (rows,),
-        x,
-        out,
-        columns,
-        x.stride(0),
-        out.stride(0),
-        BLOCK=block,
-    )
+    launch(tuned, two_pass_softmax_kernel, FALLBACK, (rows,), x, out, columns, x.stride(0), out.stride(0))
     return out
