@@ -114,6 +114,8 @@ def test_precision_needs_both_operands() -> None:
     assert layer(("Int8",), ("Int8", "Float")) == "int8" and layer(("Int8", "Int8")) == "int8"
     assert layer(("FP8",), ("FP8",)) == "fp8" and layer(("Int8",), ("Float",)) == "float"
     assert layer(("Int8", "Float"), ("Int8", "Float")) == "int8", "a residual is read too"
+    only = Layer("l", "runtime_fusion", ("Float",), ("Int4", "Float"), ("Float",), ())
+    assert only.label == "float, int4 weights" and only.precision == "float"
     assert layer(("Float", "Int8")) == "float" and layer(("Int8",), ("Int8",), "runtime_fusion") == "float"
 
 
@@ -138,6 +140,19 @@ def test_a_refusal_names_the_node(tmp_path: Path) -> None:
     (report,) = build([tmp_path / "m.onnx"])
     assert not report.parsed and report.errors[0][1] == "QuantizeLinear" and "zero point" in report.errors[0][2]
     assert report.to_dict()["built"] is False
+
+
+@pytest.mark.slow
+@BUILDER
+def test_int4_weights_are_dequantized_inside_the_product() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(256, 384), torch.nn.ReLU(), torch.nn.Linear(384, 128)).eval()
+    x = torch.randn(4, 256)
+    given = exported(net, x)
+    pipe = fl.Pipeline([P.Quantize(target="tensorrt-int4", calibration=[x]), P.Lower("tensorrt-int4")])
+    artifact = pipe.run(given).artifact
+    assert artifact.profile().counts == {"float, int4 weights": 2}
+    assert sqnr_db(net(x).detach().numpy(), artifact.run(x)[0]) > 12
 
 
 @pytest.mark.slow

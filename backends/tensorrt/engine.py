@@ -66,6 +66,14 @@ class Layer:
         both = kind in self.constants or (len(self.inputs) > 1 and self.inputs[1] == kind)
         return NARROW[kind] if both else "float"
 
+    @property
+    def label(self) -> str:
+        """The precision, and the type of narrow weights that a float product dequantizes in registers."""
+        stored = next((c for c in self.constants if c in ("Int4", *NARROW)), None)
+        if self.precision == "float" and self.type == "runtime_fusion" and stored is not None:
+            return f"float, {stored.lower()} weights"
+        return self.precision
+
 
 @dataclass(frozen=True)
 class EngineReport:
@@ -105,11 +113,11 @@ class EngineReport:
         return next((p for p in found if p != "float"), "float")
 
     def counts(self) -> dict[str, int]:
-        """Number of products per precision."""
+        """Number of products per label (see :class:`Layer`)."""
         found: dict[str, int] = {}
         for layer in self.layers:
             if layer.type in PRODUCTS:
-                found[layer.precision] = found.get(layer.precision, 0) + 1
+                found[layer.label] = found.get(layer.label, 0) + 1
         return dict(sorted(found.items()))
 
     def to_dict(self) -> dict[str, Any]:
