@@ -54,10 +54,10 @@ def _meta(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, scale, zero_point, ctx.axis, ctx.low, ctx.high, ctx.learn = (
-        *inputs,
-        *(None, None, -128, 127, "")[len(inputs) - 2 :],
-    )
+    # the dispatcher drops trailing arguments that equal the schema's defaults
+    given = [*inputs, *(None, None, -128, 127, "")[len(inputs) - 2 :]]
+    x, scale, zero_point = given[:3]
+    ctx.axis, ctx.low, ctx.high, ctx.learn = given[3:]
     ctx.save_for_backward(x, scale, zero_point)
 
 

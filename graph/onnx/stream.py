@@ -86,7 +86,7 @@ class _Apart(ir.LazyTensor):
 
     def content(self) -> memoryview:
         """The data as bytes; for a tensor that is computed when read, computed now."""
-        return memoryview(np.ascontiguousarray(self.numpy()).reshape(-1).view(np.uint8))
+        return np.ascontiguousarray(self.numpy()).reshape(-1).view(np.uint8).data
 
 
 def _parts(model: ir.Model) -> list[wire.Part]:
