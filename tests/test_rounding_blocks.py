@@ -271,6 +271,28 @@ def test_the_pass_writes_what_was_learned(front: str) -> None:
     assert np.square(y - wanted).sum() < 0.2 * np.square(wanted).sum()
 
 
+@pytest.mark.parametrize("method", ["gptq", "reconstruct"])
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+def test_a_shared_weight_is_rounded_once(front: str, method: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.a(torch.relu(self.a(torch.tanh(x))))
+            return torch.relu(self.b(x)) + self.a(x)
+
+    torch.manual_seed(0)
+    batches = [torch.randn(32, 8) for _ in range(2)]
+    options = {"steps": 10} if method == "reconstruct" else {}
+    j = job(load(Twice().eval(), (batches[0],), front), batches, method, **options)
+    found = round_weights(j)
+    shared = [found[s.node.name] for s in j.placement.weights if s.weight.name.startswith("a.")]
+    assert len(shared) == 3
+    assert len({r.integers.tobytes() + r.params.scale.tobytes() for r in shared}) == 1
+
+
 def test_a_wrong_recipe_is_refused() -> None:
     model, batches = residual()
     with pytest.raises(ConfigError, match="freedom"):

@@ -7,7 +7,7 @@ constant with H = X^T X and W* the least-squares weight: no step looks at the da
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from ...recover.layers import LinearOp, linear_op
 from ...recover.runner import bound
 from ...recover.solve import Normal, solve
+from ..numerics import QuantParams
 from .gptq import MatrixGrid, Quadratic, descend, gptq, scale_factor
 from .grid import Grid, is_integer
 from .job import Rounded, RoundingJob
@@ -100,6 +101,7 @@ class LayerWalk:
         self.sim, self.chosen = sim, chosen
         assert solver is not None or isinstance(chosen, GPTQOptions)
         self.solver = solve_gptq(chosen) if solver is None else solver  # type: ignore[arg-type]
+        self._tied: dict[str, tuple[QuantParams, Rounded]] = {}
 
     def region(self, region: Region, floats: list[Env], quants: list[Env], hooks: Hooks) -> dict[str, Rounded]:
         """Both lists of environments hold all values of the region afterwards; ``hooks`` gets the sites' results."""
@@ -110,7 +112,7 @@ class LayerWalk:
                 self.sim.execute(range(done, site.position + 1), env)
             for env in quants:
                 self.sim.execute(range(done, site.position), env, hooks)
-            found[site.name] = _solved(self.sim, site, self.chosen, self.solver, floats, quants)
+            found[site.name] = self._rounded(site, floats, quants)
             use(hooks, site, found[site.name])
             for env in quants:
                 self.sim.execute(range(site.position, site.position + 1), env, hooks)
@@ -119,6 +121,16 @@ class LayerWalk:
             self.sim.execute(range(done, region.last), env)
         for env in quants:
             self.sim.execute(range(done, region.last), env, hooks)
+        return found
+
+    def _rounded(self, site: Site, floats: list[Env], quants: list[Env]) -> Rounded:
+        """A weight that several sites read is rounded once, for the first of them, and stored once."""
+        params = self.sim.job.weight_params[site.name]
+        first = self._tied.get(site.weight.name)
+        if first is not None and first[0].scale.tobytes() == params.scale.tobytes():
+            return replace(first[1], bias=None, details={"tied": True})
+        found = _solved(self.sim, site, self.chosen, self.solver, floats, quants)
+        self._tied[site.weight.name] = (params, found)
         return found
 
 

@@ -79,7 +79,7 @@ def moments(
                 folds[i] = fold
     first = folds[0] or folds[1]
     assert first is not None
-    empty = Normal(*first.xx.shape[:2], first.y.shape[1])
+    empty = Normal(first.xx.shape[0], first.xx.shape[1], first.y.shape[1])
     return [folds[0] or empty, folds[1] or empty]
 
 

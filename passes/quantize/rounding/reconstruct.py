@@ -9,7 +9,7 @@ Post-Training Quantization: Challenging the Status Quo" (loss, degrees of freedo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class _Reconstruction:
         self.hooks = Hooks({}, {}, sim.quantizers(sim.activations))
         self.found: dict[str, Rounded] = {}
         self.settled: set[int] = set()
+        self.tied: dict[str, Rounded] = {}
         self.outputs: list[list[Tensor]] = []
 
     def run(self, fed: list[dict[str, Any]]) -> dict[str, Rounded]:
@@ -134,6 +135,14 @@ class _Reconstruction:
                 self.found[name] = Rounded(nearest(data, params), params, details={"rounding": "nearest"})
                 use(self.hooks, site, self.found[name])
                 continue
+            twin = next((n for n in block.variables if self.sim.sites[n].weight is site.weight), None)
+            if twin is not None:  # one weight for several layers: learned once, for all of them in the block
+                block.variables[name] = block.variables[twin]
+                continue
+            if site.weight.name in self.tied:
+                self.found[name] = replace(self.tied[site.weight.name], bias=None, points={}, details={"tied": True})
+                use(self.hooks, site, self.found[name])
+                continue
             weight = tensor(site.weight)
             begun = start.get(name)
             grid = Grid.of(params if begun is None else begun.params, tuple(weight.shape))
@@ -194,7 +203,7 @@ class _Reconstruction:
     def _optimizer(self, block: _Block) -> tuple[torch.optim.Optimizer, Any]:
         chosen = self.chosen
         groups: list[dict[str, Any]] = []
-        for v in block.variables.values():
+        for v in {id(v): v for v in block.variables.values()}.values():
             groups += v.groups(chosen.rate)
         if block.biases:
             size = sum(float(b.detach().abs().mean()) for b in block.biases.values()) / len(block.biases)
@@ -289,3 +298,4 @@ class _Reconstruction:
                 {**facts, "learned": v.count()},
             )
             use(self.hooks, self.sim.sites[name], self.found[name])
+            self.tied[self.sim.sites[name].weight.name] = self.found[name]
