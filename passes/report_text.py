@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 DECISIONS = 12
 """Decisions shown per pass; the rest are counted (``report.explain`` and the HTML page have them all)."""
 
+LAYERS = 8
+"""Layers shown of a diagnosis."""
+
 STYLE = {"exact": "green", "approximate": "yellow", "fresh": "magenta"}
 
 
@@ -29,6 +32,8 @@ def tables(report: Report, width: int = 118) -> Iterator[RenderableType]:
     for record in report.passes:
         if record.decisions:
             yield _decisions(record)
+        if isinstance(record.details.get("quantization"), dict) and record.details["quantization"]["layers"]:
+            yield _quantization(record)
     for note in report.notes:
         yield Text(f"note: {note}", style="yellow")
 
@@ -70,6 +75,24 @@ def _totals(report: Report) -> Table:
         table.add_row("cosine", "", f"{worst['cosine']:.5f}", "")
         if worst["top1"] is not None:
             table.add_row("top-1 agreement", "", f"{worst['top1']:.1%}", "")
+    return table
+
+
+def _quantization(record: PassRecord) -> Table:
+    """The layers that a quantized model loses most in."""
+    layers = record.details["quantization"]["layers"]
+    ranked = any(item["sensitivity_db"] is not None for item in layers)
+    key = "sensitivity_db" if ranked else "output_db"
+    order = sorted(layers, key=lambda item: float("inf") if item[key] is None else item[key])
+    table = Table(title=f"{record.name}: layers that lose most (SQNR)", title_justify="left", expand=False)
+    for heading in ("layer", "weight", "input", "output", "outputs, this weight alone"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+    for item in order[:LAYERS]:
+        source = "float" if item["input_db"] is None else decibel(item["input_db"])
+        alone = decibel(item["sensitivity_db"]) if ranked else ""
+        table.add_row(escape(item["layer"]), decibel(item["weight_db"]), source, decibel(item["output_db"]), alone)
+    if len(layers) > LAYERS:
+        table.caption = f"and {len(layers) - LAYERS} more in the HTML page and report.json"
     return table
 
 

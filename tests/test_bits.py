@@ -105,7 +105,7 @@ def test_activations_and_weights_are_chosen_together_under_bit_operations() -> N
 
 
 @pytest.mark.parametrize("front", ["fx", "onnx"])
-@pytest.mark.parametrize("sensitivity", ["sqnr", "kl", "fisher"])
+@pytest.mark.parametrize("sensitivity", ["sqnr", "kl", "fisher", "pqi"])
 def test_mixed_is_at_least_as_good_as_uniform_at_equal_bytes(front: str, sensitivity: str) -> None:
     model, batches = six()
     with torch.no_grad():

@@ -63,6 +63,7 @@ def test_the_page_draws_it_and_the_json_holds_it() -> None:
     ):
         assert text in page
     assert page.count("<figure>") == 6
+    assert "layers that lose most" in str(run.report)
     data = json.loads(run.report.to_json())["passes"][-1]["details"]["quantization"]
     assert data["layers"][0]["name"] == found["layers"][0]["name"]
     plain = diagnosed("fx", histograms=False, sensitivity="none")[0].report.html()

@@ -153,8 +153,11 @@ class Diagnose(Pass):
         for site in layers:
             value = site.weight.value
             assert value is not None
-            data = site.quantized()
-            trials.append(Trial(site.node.name, value, (0,), lambda _, w, data=data: data.astype(w.dtype, copy=False)))
+
+            def change(_: int, w: np.ndarray, site: Site = site) -> np.ndarray:
+                return site.quantized().astype(w.dtype, copy=False)
+
+            trials.append(Trial(site.node.name, value, (0,), change))
         metric: Any = self.sensitivity
         found = measure(reference, trials, batches, metric, ctx.progress)
         return {n: None if losses[0] <= 0 else -10 * float(np.log10(losses[0])) for n, losses in found.items()}

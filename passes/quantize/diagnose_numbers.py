@@ -63,7 +63,8 @@ def stored_grid(node: Node, integers: np.ndarray | None = None) -> QuantParams |
     one = scale.size == 1 and not block
     scale, zero = (a.reshape(()) if one else a for a in (scale, np.asarray(zero)))
     found = QuantParams(np.asarray(scale), zero, None if one else axis, block)
-    return replace(found, **dict(zip(("low", "high"), _range(node, found, integers), strict=True)))
+    low, high = _range(node, found, integers)
+    return replace(found, low=low, high=high)
 
 
 def _range(node: Node, grid: QuantParams, integers: np.ndarray | None) -> tuple[float, float]:
@@ -73,11 +74,12 @@ def _range(node: Node, grid: QuantParams, integers: np.ndarray | None) -> tuple[
         bits = next(b for b in range(2, 33) if -(2 ** (b - 1)) <= least and most < 2 ** (b - 1))
         return max(low, -(2 ** (bits - 1))), min(high, 2 ** (bits - 1) - 1)
     clip = node.inputs[0].producer if node.op == "quantize" and node.inputs[0] is not None else None
-    ends = (None, None) if clip is None or clip.op != "clip" else (clip.attrs.get("min"), clip.attrs.get("max"))
-    if ends[0] is None or ends[1] is None or grid.scale.ndim:
+    ends = [] if clip is None or clip.op != "clip" else [clip.attrs.get(k) for k in ("min", "max")]
+    if not ends or None in ends or grid.scale.ndim:
         return low, high
-    first, last = (float(np.rint(end / float(grid.scale)) + float(grid.zero_point)) for end in ends)
-    return max(low, first), min(high, last)
+    first, last = (float(np.rint(float(end or 0) / float(grid.scale)) + float(grid.zero_point)) for end in ends)
+    # a clip of the model's own (relu6) leaves most of the type's levels in use
+    return (max(low, first), min(high, last)) if 2 * (last - first) <= high - low else (low, high)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ....graph.execute import run_graph
 from ....graph.ir import Graph
 from ...base import Progress
 from ..numerics import range_params, weight_params
@@ -34,8 +35,9 @@ def losses_of_weights(
 ) -> Losses:
     """{node of the site: {bits: loss}}; see :class:`~.mixed.MixedPrecision` for the methods.
 
-    "pqi" and "fisher" take the loss -log p of a class drawn from the model's own output distribution, so that no labels
-    are needed; "pqi" integrates it along the path on which all layers go to the same width together.
+    No labels are needed: "pqi" integrates the KL divergence from the float model's own output distribution along the
+    path on which all layers go to the same width together; "fisher" squares gradients of -log p of a class drawn from
+    that distribution.
     """
     if method in ("sqnr", "kl"):
         from ..sensitivity.measured import Trial, measure
@@ -69,10 +71,12 @@ def _by_gradients(
     seed: int,
     progress: Progress,
 ) -> Losses:
-    from ...gradients import examples
+    from ...gradients import Example, examples
     from ..sensitivity.integral import local_scores, post_quantization_integral
 
     data = list(examples(graph, None, batches))
+    if method == "pqi":
+        data = [Example(e.inputs, _distribution(graph, e.inputs)) for e in data]
     found: Losses = {s.node.name: {} for s in sites}
     for bits in sorted({b for widths in forms.values() for b in widths}):
         mine = [s for s in sites if bits in forms[s.node.name]]
@@ -84,6 +88,14 @@ def _by_gradients(
         for site in mine:
             found[site.node.name][bits] = max(float(scores[site.weight.name].sum()), 0.0)
     return found
+
+
+def _distribution(graph: Graph, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Softmax of the first output over its class axis (the last of three, else axis 1)."""
+    logits = run_graph(graph, inputs)[0][0].astype(np.float64)
+    axis = 2 if logits.ndim == 3 else 1
+    p = np.exp(logits - logits.max(axis=axis, keepdims=True))
+    return np.asarray(p / p.sum(axis=axis, keepdims=True), dtype=np.float32)
 
 
 def losses_of_points(

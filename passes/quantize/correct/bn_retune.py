@@ -131,8 +131,8 @@ def _layer(walk: PairWalk, site: Site, slot: BiasSlot | None) -> Decision:
     spread = float(np.abs(np.log2(s)).max())
     what = "scale and bias" if scale is not None else "bias (its weight has no scale of its own per output channel)"
     reason = f"{what} refitted: deviations by up to 2^{spread:.2g}, means by up to {np.abs(mu_f - mu_q).max():.3g}"
-    data = {"layer": site.scope, "largest_scale": float(s.max()), "smallest_scale": float(s.min())}
-    return Decision(name, "corrected", reason, data)
+    said = {"layer": site.scope, "largest_scale": float(s.max()), "smallest_scale": float(s.min())}
+    return Decision(name, "corrected", reason, said)
 
 
 def _channel_scale(site: Site) -> tuple[Value, tuple[int, ...]] | None:
