@@ -144,6 +144,7 @@ def trained() -> Tiny:
     return model.eval()
 
 
+@pytest.mark.slow
 def test_output_aware_codes_have_the_lower_perplexity() -> None:
     model, held_out = trained(), chain(256, 10_000)
     ids = held_out[:, :-1]
