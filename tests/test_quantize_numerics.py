@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -9,7 +12,7 @@ import onnxruntime as ort
 import pytest
 from foldline.graph.errors import ConfigError, ConstraintError
 from foldline.passes.quantize import TensorFormat
-from foldline.passes.quantize.numerics import QuantParams, grid, range_params, weight_params
+from foldline.passes.quantize.numerics import QuantParams, grid, quality_db, range_params, sqnr_db, weight_params
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -213,3 +216,27 @@ def test_blocks_need_an_input_axis() -> None:
     form = TensorFormat("int4", symmetric=True, granularity="block", block=32)
     with pytest.raises(ConstraintError, match="input-channel axis"):
         weight_params(np.ones((4, 64), np.float32), 0, form)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["int8", "uint4", "float8_e4m3fn"])
+def test_large_tensors_are_worked_on_in_lots(dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = params(dtype, kind, symmetric=False)
+    x = np.clip(samples(p), -10, 10)
+    whole = p.quantize(x)
+    monkeypatch.setattr(sys.modules[QuantParams.__module__], "LOT", 20)
+    assert len(list(p.parts(SHAPE))) == (2 if kind == "block0" else 3)
+    np.testing.assert_array_equal(p.quantize(x), whole)
+    assert quality_db(x, whole, p) == pytest.approx(sqnr_db(x, p.dequantize(whole)), rel=1e-9)
+
+
+def test_a_large_weight_is_not_copied_whole() -> None:
+    w = np.random.default_rng(0).standard_normal((4096, 1024)).astype(np.float32)
+    form = TensorFormat("int8", symmetric=True, granularity="out_channel")
+    tracemalloc.start()
+    p = weight_params(w, 0, form)
+    q = p.quantize(w)
+    quality_db(w, q, p)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < q.nbytes + 40 * 2**20 / 2  # the result, and a few arrays of a million elements

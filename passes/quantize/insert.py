@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...graph.ir import Graph, Value
-from .numerics import QuantParams, bias_params, sqnr_db
+from .numerics import QuantParams, bias_params, quality_db
 from .placement import Placement, WeightSite
 from .rounding import Rounded
 from .spec import BackendSpec
@@ -148,7 +148,7 @@ class Inserter:
             key = (id(site.weight), p.axis, p.block, p.scale.tobytes(), p.zero_point.tobytes(), digest)
             if key in self._integers:
                 return self._integers[key]
-        quality = sqnr_db(site.weight.numpy(), p.dequantize(made.integers))
+        quality = quality_db(site.weight.numpy(), made.integers, p)
         found = self.graph.add_weight(f"{site.weight.name}_quantized", made.integers), quality
         if key is not None:
             self._integers[key] = found

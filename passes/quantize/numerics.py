@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from .spec.formats import FLOAT_LIMITS, LIMITS, TensorFormat, numpy_dtype
+
+LOT = 1 << 20
+"""Elements worked on at a time, so that large weights are never copied whole."""
 
 RoundingRule = Literal["divide", "reciprocal"]
 """``divide``: rint(x / scale), as ONNX defines it; ``reciprocal``: rint(x * (1 / scale)), as torch's kernels do.
@@ -73,8 +77,34 @@ class QuantParams:
         Floating types: x / scale rounded to the type (ties to even), saturating; NaN stays.
 
         Returns:
-            An array of the stored dtype and x's shape. Memory while it works: one float32 copy of x.
+            An array of the stored dtype and x's shape. Memory while it works: a few float32 copies of ``LOT`` elements.
         """
+        if x.ndim == 0 or x.size <= LOT:
+            return self._quantize(x)
+        found = np.empty(x.shape, self.zero_point.dtype)
+        for rows, part in self.parts(x.shape):
+            found[rows] = part._quantize(x[rows])
+        return found
+
+    def parts(self, shape: tuple[int, ...]) -> Iterator[tuple[slice, QuantParams]]:
+        """A tensor of ``shape`` cut along its first axis into lots of about ``LOT`` elements, and the grid of each."""
+        step = max(LOT // max(math.prod(shape[1:]), 1), 1)
+        first = self.axis is not None and self.scale.ndim > 0 and self.axis % len(shape) == 0
+        if self.block and first:
+            step = -(-step // self.block) * self.block
+        for start in range(0, shape[0], step):
+            rows, cut = slice(start, min(start + step, shape[0])), None
+            if self.block:
+                cut = slice(rows.start // self.block, -(-rows.stop // self.block)) if first else rows
+            elif first:
+                cut = rows
+            if cut is None:
+                yield rows, self
+            else:
+                zero = self.zero_point[cut] if self.zero_point.ndim else self.zero_point
+                yield rows, replace(self, scale=self.scale[cut], zero_point=zero)
+
+    def _quantize(self, x: np.ndarray) -> np.ndarray:
         low, high = self.limits
         steps = self.steps(x)
         if self.dtype in FLOAT_LIMITS:
@@ -235,6 +265,20 @@ def bias_params(x: QuantParams, weight: QuantParams, channels: int) -> QuantPara
 def least_weight_scale(bias: np.ndarray, x: QuantParams) -> np.ndarray:
     """Smallest weight scale per channel for which the bias fits into half the int32 range."""
     return (np.abs(bias).astype(np.float64) / float(x.scale) / 2**30).astype(np.float32)
+
+
+def quality_db(weight: np.ndarray, integers: np.ndarray, params: QuantParams) -> float:
+    """SQNR in decibel of stored integers against the weight they stand for, worked out lot by lot."""
+    power = noise = 0.0
+    parts = params.parts(weight.shape) if weight.ndim else [(slice(None), params)]
+    for rows, part in parts:
+        exact = weight[rows].astype(np.float64) if weight.ndim else weight.astype(np.float64)
+        power += float(np.square(exact).sum())
+        exact -= part.dequantize(integers[rows] if weight.ndim else integers)
+        noise += float(np.square(exact, out=exact).sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(power / noise) if power > 0 else -math.inf
 
 
 def sqnr_db(signal: np.ndarray, approximation: np.ndarray) -> float:
