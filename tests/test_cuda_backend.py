@@ -377,6 +377,18 @@ def test_onnx_operators_without_a_torch_form_are_refused_with_a_way_out() -> Non
     assert [d.rule for d in CUDA.check(graph)] == ["torch-form"]
 
 
+def test_a_package_that_computes_something_else_is_refused() -> None:
+    from foldline.backends.cuda.package import check_package
+
+    model, batches = mlp()
+    graph = load_torch(model, batches[0])
+    artifact = CUDA.lower(graph, package=False)
+    check_package(lambda *x: artifact.module(*x)[0] * 1.01, artifact.module, graph, torch.device("cpu"))
+    for wrong in (1.5, float("nan")):
+        with pytest.raises(BackendError, match="something else than the graph"):
+            check_package(lambda *x, w=wrong: artifact.module(*x)[0] * w, artifact.module, graph, torch.device("cpu"))
+
+
 # ---- packages ---------------------------------------------------------------------------------------------------
 LOAD = """
 import sys, numpy as np, torch
@@ -419,3 +431,16 @@ def test_a_package_runs_in_a_process_without_foldline(target: str, tmp_path: Pat
         with zipfile.ZipFile(artifact.path) as archive:
             source = "".join(archive.read(n).decode() for n in archive.namelist() if n.endswith(".wrapper.cpp"))
         assert "qlinear_pointwise" in source and "qconv" in source
+
+
+@pytest.mark.slow
+def test_inductor_compiles_in_the_process_and_chained_convolutions_are_right() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Conv2d(16, 16, 3, padding=1)).eval()
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    graph = quantized("inductor-cpu", model, batches)
+    artifact = INDUCTOR.lower(graph, batches[0])
+    assert artifact.path is None
+    assert sqnr_db(simulated(graph, batches[0]), artifact.run(batches[0])[0]) > 35
+    assert sqnr_db(model(batches[0]).detach().numpy(), artifact.run(batches[0])[0]) > 30

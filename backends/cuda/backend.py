@@ -181,10 +181,13 @@ class InductorCpu(_TorchBackend):
         """Write Q/DQ as Inductor's patterns want them, export, compile with weights packed ahead.
 
         Args:
-            graph, example_inputs, path, dynamic, max_autotune, package: see :meth:`Cuda.lower`.
+            graph, example_inputs, dynamic, max_autotune, package: see :meth:`Cuda.lower`.
+            path: package to write; None compiles in this process with torch.compile, once more for every new shape.
 
         Raises:
-            BackendError: no C++ compiler, or export or compilation fails.
+            BackendError: no C++ compiler, or export or compilation fails, or the package computes something else than
+                the graph. (torch 2.13's packages do so where int8 convolutions follow one another; compiled in the
+                process they are right.)
         """
         import torch
 
@@ -197,7 +200,7 @@ class InductorCpu(_TorchBackend):
         notes = [f"{count} calls of quantized_decomposed.{name}" for name, count in sorted(written.items())]
         # Freezing folds and packs the weights; the int8 patterns apply only then.
         settings: dict[str, Any] = {"freezing": True, "max_autotune": max_autotune}
-        job = Job(graph, fx_graph, module, torch.device("cpu"), settings, notes, example_inputs)
+        job = Job(graph, fx_graph, module, torch.device("cpu"), settings, notes, example_inputs, in_process=True)
         return job.finish(path, dynamic=dynamic, package=package, cuda_graphs=False)
 
 
@@ -229,13 +232,22 @@ class Job:
     settings: dict[str, Any]
     notes: list[str]
     example_inputs: Any
+    in_process: bool = False
+    """Without a path, compile in this process (torch.compile) instead of writing a package."""
 
     def finish(self, path: str | Path | None, *, dynamic: bool, package: bool, cuda_graphs: bool) -> TorchArtifact:
         """Export and compile (or not), and wrap what runs."""
         import torch
 
         from .artifact import TorchArtifact
-        from .package import compile_package, exported, load_package, require_compiler
+        from .package import (
+            check_package,
+            compile_module,
+            compile_package,
+            exported,
+            load_package,
+            require_compiler,
+        )
 
         if package:
             require_compiler()
@@ -243,13 +255,16 @@ class Job:
         folder: Any = None
         target: Path | None = None
         function = module
-        if package:
+        if package and self.in_process and path is None:
+            function = compile_module(module, self.settings)
+        elif package:
             program = exported(module, self.fx_graph.inputs, self.device, dynamic)
             if path is None:
                 folder = tempfile.TemporaryDirectory(prefix="foldline-")
             wanted = Path(folder.name) / "model.pt2" if path is None else Path(path)
             target = compile_package(program, wanted, self.settings)
             function = load_package(target)
+            check_package(function, module, self.fx_graph, self.device)
         types = [getattr(torch, v.dtype) for v in self.fx_graph.inputs]
         artifact = TorchArtifact(
             function,
