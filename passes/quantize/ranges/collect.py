@@ -26,21 +26,17 @@ class Unmasked:
     def __init__(self, inner: Statistic, floor: float) -> None:
         self.inner = inner
         self.floor = floor
-
-    @property
-    def count(self) -> int:
-        return self.inner.count
+        self.count = 0
 
     def update(self, x: np.ndarray) -> None:
         masked = x <= self.floor
-        if not masked.any():
-            self.inner.update(x)
-            return
         # Zeros are exact on every grid, so they stand in where the shape must stay (samples along axis 0).
-        self.inner.update(np.where(masked, np.zeros((), x.dtype), x))
+        self.inner.update(np.where(masked, np.zeros((), x.dtype), x) if masked.any() else x)
+        self.count = self.inner.count
 
     def merge(self, other: Any) -> None:
         self.inner.merge(other.inner if isinstance(other, Unmasked) else other)
+        self.count = self.inner.count
 
 
 def collect_ranges(
@@ -81,7 +77,8 @@ def collect_ranges(
                     found="a constant" if value.is_const else value.dtype,
                 )
             fill = mask_fill(value)
-            wanted[name] = choice.statistic() if fill is None else Unmasked(choice.statistic(), fill / 2)
+            statistic = choice.statistic()
+            wanted[name] = statistic if fill is None else Unmasked(statistic, fill / 2)
     seen = collect(graph, batches, wanted, progress=progress, **options)
     found = {}
     for root, names in sources.items():

@@ -90,12 +90,13 @@ class Executor:
             names = ("stride", "padding", "dilation", "groups")
             return k.qlinear_conv(operands[0], operands[1], bias, grid, **{n: node.attrs[n] for n in names})
         if node.op == "add":
-            return k.qlinear_add(*operands, grid)
+            return k.qlinear_add(operands[0], operands[1], grid)
         if node.op == "hardsigmoid":
             slope, shift = node.attrs.get("alpha", 1 / 6), node.attrs.get("beta", 0.5)
-            return k.qlinear_add(*k.hard_sigmoid_terms(operands[0], slope, shift), grid)
+            scaled, constant = k.hard_sigmoid_terms(operands[0], slope, shift)
+            return k.qlinear_add(scaled, constant, grid)
         if node.op == "mul":
-            return k.qlinear_mul(*operands, grid)
+            return k.qlinear_mul(operands[0], operands[1], grid)
         if node.op == "concat":
             return k.qlinear_concat(operands, grid, node.attrs["axis"])
         if node.op in ("adaptive_avg_pool", "mean"):
