@@ -65,8 +65,9 @@ def learn(
 ) -> Learned:
     """Lower, for every group on its own, the summed relative squared error of its readers' quantized outputs.
 
-    The matrix moves along the Cayley map from its start; of all steps the best is kept, the start included. Groups
-    whose readers hold the indices otherwise than as the inner factor of their input channels keep their start.
+    Ranges may shrink meanwhile, as those of a quantizer that clips do. The matrix moves along the Cayley map from its
+    start; of all steps the best is kept, the start included. Groups whose readers hold the indices otherwise than as
+    the inner factor of their input channels keep their start.
     """
     scaler = Scaler(graph, environment(graph, ctx))
     readers = {group: _readers(groups, group, boundaries) for group in chosen}
@@ -120,14 +121,15 @@ def _one(
         (torch.from_numpy(r.rows), torch.from_numpy(np.concatenate(r.site.matrices).astype(np.float32)))
         for r in readers
     ]
-    optimizer = torch.optim.Adam([free, *(p for p in logs if p.requires_grad)], lr=options.rate)
+    clips = torch.full((len(readers), 2), 4.0, requires_grad=True)  # shares of the ranges, through a sigmoid
+    optimizer = torch.optim.Adam([free, clips, *(p for p in logs if p.requires_grad)], lr=options.rate)
     first: list[float] = []
     best: tuple[float, list[float], Tensor, list[Tensor]] | None = None
     for step in range(options.steps + 1):
         turn = begin @ _within(cayley(free), basis)
         losses = [
-            _loss(x, w, turn, _spread(log, r.classes), formats)
-            for (x, w), log, r in zip(data, logs, readers, strict=True)
+            _loss(x, w, turn, _spread(log, r.classes), torch.sigmoid(cut), formats)
+            for (x, w), log, cut, r in zip(data, logs, clips, readers, strict=True)
         ]
         total = torch.stack(losses).sum()
         now = [float(v.detach()) for v in losses]
@@ -174,15 +176,14 @@ def _spread(log: Tensor, classes: np.ndarray | None) -> Tensor:
     return log if classes is None else log[torch.from_numpy(classes)]
 
 
-def _loss(x: Tensor, w: Tensor, turn: Tensor, log: Tensor, formats: Formats) -> Tensor:
-    """``|Q(x R / s) Q(W R s)^T - x W^T|^2`` over the power of the output."""
+def _loss(x: Tensor, w: Tensor, turn: Tensor, log: Tensor, clip: Tensor, formats: Formats) -> Tensor:
+    """``|Q(x R / s) Q(W R s)^T - x W^T|^2`` over the power of the output; ``clip``: shares of both ranges used."""
     n = len(turn)
     s = log.exp()
     turned = (x.reshape(len(x), -1, n) @ turn).reshape(x.shape) / s
     weight = (w.reshape(len(w), -1, n) @ turn).reshape(w.shape) * s
-    made = (
-        fake_quantize(turned, formats.activation, per_row=formats.per_token)
-        @ fake_quantize(weight, formats.weight, per_row=True).T
-    )
+    made_x = fake_quantize(turned, formats.activation, per_row=formats.per_token, clip=clip[0])
+    made_w = fake_quantize(weight, formats.weight, per_row=True, clip=clip[1])
+    made = made_x @ made_w.T
     reference = x @ w.T
     return (made - reference).square().mean() / reference.square().mean().clamp(min=1e-12)
