@@ -71,8 +71,9 @@ class BlockOptions(BaseModel):
     task: float = Field(0.0, ge=0)
     """Weight of a second loss: how far the network's own outputs move when the block is quantized (Kullback-Leibler
     divergence of the softmax for outputs of rank 2, else mean square). Runs the rest of the network in each step."""
-    drop: float = Field(0.5, ge=0, le=1)
-    """Share of activation elements that stay float in each step, block inputs included (QDrop)."""
+    drop: float | None = Field(None, ge=0, le=1)
+    """Share of activation elements that stay float in each step, block inputs included (QDrop); None: 0.5 in blocks
+    with activations of fewer than 8 bits, else 0."""
     activations: bool | None = None
     """Whether activation scales are learned too (LSQ); None: where they have fewer than 8 bits."""
     scales: bool = True

@@ -172,7 +172,7 @@ class _Reconstruction:
         draw = torch.Generator().manual_seed(self.job.seed)
         points = [self.sim.activations[name] for name in block.region.points]
         for a in points:
-            a.drop, a.generator = chosen.drop, draw
+            a.drop, a.generator = self._drop(block.region), draw
         for a in block.activations:
             assert a.scale is not None
             a.scale.requires_grad_()
@@ -200,6 +200,12 @@ class _Reconstruction:
             self._restore(block, begin)
         return {"block": block.region.sites, "loss_before": before, "loss_after": min(before, after)}
 
+    def _drop(self, region: Region) -> float:
+        if self.chosen.drop is not None:
+            return self.chosen.drop
+        inside = [self.sim.activations[name] for name in region.points]
+        return 0.5 if any(a.high - a.low < BITS_LEARNED for a in inside) else 0.0
+
     def _optimizer(self, block: _Block) -> tuple[torch.optim.Optimizer, Any]:
         chosen = self.chosen
         groups: list[dict[str, Any]] = []
@@ -223,7 +229,7 @@ class _Reconstruction:
 
     def _loss(self, block: _Block, samples: Samples, draw: torch.Generator) -> Tensor:
         picked = samples.draw(self.chosen.batch, draw)
-        env = picked.env(self.chosen.drop, draw)
+        env = picked.env(self._drop(block.region), draw)
         self.sim.execute(block.region.calls, env, block.hooks(self.hooks))
         loss = self._distance(block.region, env, picked.wanted)
         if self.chosen.task:
