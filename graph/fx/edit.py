@@ -90,6 +90,7 @@ class FXEdits(FXView):
         with self.fx.inserting_before(self._first_call()):
             node = self.fx.get_attr(unique)
         node.meta["val"] = meta_of(self.mode, tensor)
+        self._last_stored = node
         return self._new_weight(node, unique)
 
     _stored_names: set[str] | None = None
