@@ -30,12 +30,12 @@ def batches():
     for i in range(count):
         yield {{n: stored[f"{{i}}/{{n}}"] for n in names}}
 {define}
-start = time.perf_counter()
+start, cpu = time.perf_counter(), time.process_time()
 {work}
-took = time.perf_counter() - start
+took, cpu = time.perf_counter() - start, time.process_time() - cpu
 # ru_maxrss would be that of the process that started this one
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print("\\nTOOK", took, int(peak.split()[1]) / 1024)
+print("\\nTOOK", took, int(peak.split()[1]) / 1024, cpu)
 """
 
 ORT_DEFINE = """
@@ -72,7 +72,9 @@ def foldline(options: str = "") -> tuple[str, str, str]:
         f"{options})]).run(src, calibration=batches, verify=False); fl.save(r.model, dst)"
     )
     return (
-        "import foldline as fl; from foldline import passes as P",
+        # What is imported when first used would be timed otherwise.
+        "import foldline as fl, foldline.backends.onnxruntime; from foldline import passes as P; P.Fold, P.Quantize; "
+        "fl.Pipeline, fl.save",
         "class Batches:\n    def __iter__(self): return batches()\nbatches_of_file = Batches()",
         work.replace("calibration=batches", "calibration=batches_of_file"),
     )
@@ -106,7 +108,7 @@ def prepare(name: str, folder: Path, samples: int, batch: int) -> tuple[Path, Pa
 
 
 def once(tool: str, source: Path, data: Path, target: Path, python: str) -> dict[str, Any]:
-    """One process: seconds without its imports, whole seconds, its peak memory in MiB; or how it failed."""
+    """One process: seconds and CPU seconds without its imports, whole seconds, peak memory in MiB; or how it failed."""
     imports, define, work = TOOLS[tool]
     code = HARNESS.format(imports=imports, define=define, work=work)
     interpreter = sys.executable if tool.startswith("foldline") else python
@@ -119,8 +121,8 @@ def once(tool: str, source: Path, data: Path, target: Path, python: str) -> dict
     if done.returncode or not told:
         lines = (done.stderr.strip() or f"exit {done.returncode}").splitlines()
         return {"failed": lines[-1][:80].replace("|", "/")}
-    inner, peak = map(float, told[0].split()[1:])
-    return {"whole": whole, "inner": inner, "mib": peak}
+    inner, peak, cpu = map(float, told[0].split()[1:])
+    return {"whole": whole, "inner": inner, "mib": peak, "cpu": cpu}
 
 
 def _inputs(name: str, samples: int) -> tuple[Any, tuple[Any, ...], dict[str, np.ndarray]]:

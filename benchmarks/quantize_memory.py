@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/quantize_memory.py [--peers PYTHON] [--samples 32] [--tools ...] [MODEL ...]
 
 Same file, same calibration data, same method of choosing ranges: extremes, a percentile, entropy. Seconds: reading,
-calibrating, quantizing, writing, without the imports, the best of the runs. MiB: peak resident memory of the process,
+calibrating, quantizing, writing, without the imports, the best of the runs; CPU seconds
+say more on a busy machine. MiB: peak resident memory of the process,
 imports included. Needs the extras timm, transformers,
 bench, and the peers.
 """
@@ -43,7 +44,7 @@ def main() -> None:
     )
     told = subprocess.run([args.peers, "-c", code], capture_output=True, text=True).stdout.strip()
     print(f"{told or 'no peers'}; Python {sys.version.split()[0]}; {args.samples} samples in batches of {args.batch}\n")
-    print("| model | ranges | tool | s | peak MiB |\n|---|---|---|---|---|")
+    print("| model | ranges | tool | s | CPU s | peak MiB |\n|---|---|---|---|---|---|")
     for name in args.models:
         source, data = prepare(name, args.folder, args.samples, args.batch)
         for method in args.methods:
@@ -54,10 +55,13 @@ def main() -> None:
                 tries = [once(tool, source, data, target, args.peers) for _ in range(args.runs)]
                 good = [t for t in tries if "failed" not in t]
                 if not good:
-                    print(f"| {name} | {method} | {tool} | fails: {tries[0]['failed']} | |", flush=True)
+                    print(f"| {name} | {method} | {tool} | fails: {tries[0]['failed']} | | |", flush=True)
                     continue
                 best = min(good, key=lambda t: float(t["inner"]))
-                print(f"| {name} | {method} | {tool} | {best['inner']:.1f} | {best['mib']:.0f} |", flush=True)
+                print(
+                    f"| {name} | {method} | {tool} | {best['inner']:.1f} | {best['cpu']:.1f} | {best['mib']:.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
