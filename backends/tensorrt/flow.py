@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..rules.onnx_file import OnnxFile, attribute
-from ..rules.qdq import DQ, Pair, dequantizer, is_op, same_scale, weight_axis
+from ..rules.qdq import DQ, Pair, dequantizer, is_op, readers, same_scale, weight_axis
 
 CROSSED = frozenset(
     "Identity Dropout Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Gather Expand Tile MaxPool GlobalMaxPool "
@@ -150,7 +150,8 @@ class ProductState:
     Attributes:
         precision: narrow type it multiplies in, or ``float``.
         reason: why it is float although something about it is quantized: ``operand``, ``blocked``, ``unequal``,
-            ``weight-axis``, ``activation-axis``, ``scale-vector``, ``blocks``, ``transposed``, ``types``; "" if there
+            ``weight-axis``, ``activation-axis``, ``scale-vector``, ``blocks``, ``transposed``, ``types``,
+            ``packed``; "" if there
             is nothing to say.
         at: node to name with the reason.
     """
@@ -189,7 +190,44 @@ def state(file: OnnxFile, node: ir.Node) -> ProductState:
         return ProductState("float", "scale-vector", node, x, w)
     if w.channel is not None and w.channel != -1 and w.channel != _wanted(file, node):
         return ProductState("float", "weight-axis", node, x, w)
+    if node.op_type != "Conv" and w.channel is not None and packed(file, node):
+        return ProductState("float", "packed", node, x, w)
     return ProductState(_computed(x.dtype), x=x, w=w)
+
+
+def packed(file: OnnxFile, node: ir.Node) -> bool:
+    """Whether a product's result is cut into query, key and value, and a part goes into the scores as it is."""
+    stack: list[tuple[ir.Value, bool]] = [(node.outputs[0], False)]
+    seen: set[ir.Value] = set()
+    while stack:
+        value, cut = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for user in readers(value):
+            if is_op(user, "MatMul") and cut and not any(file.is_static(v) for v in user.inputs):
+                if _before_softmax(user):
+                    return True
+            elif is_op(user, "Slice", "Split", "Gather"):
+                stack += [(v, True) for v in user.outputs]
+            elif is_op(user, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten") or (
+                is_op(user, "Add") and any(file.is_static(v) for v in user.inputs)
+            ):
+                stack.append((user.outputs[0], cut))
+    return False
+
+
+def _before_softmax(node: ir.Node) -> bool:
+    value = node.outputs[0]
+    for _ in range(6):
+        users = readers(value)
+        if any(is_op(n, "Softmax") for n in users):
+            return True
+        step = next((n for n in users if is_op(n, "Mul", "Div", "Add", "Where", "Cast", "Reshape")), None)
+        if step is None:
+            return False
+        value = step.outputs[0]
+    return False
 
 
 def _computed(dtype: str) -> str:

@@ -94,8 +94,10 @@ def _nbits(where: Where) -> Iterator[Hit]:
 def _block_division(where: Where) -> Iterator[Hit]:
     for pair in pairs(where.file):
         data, axis = where.file.shape(pair.data), pair.positive_axis
-        length = None if data is None or axis is None else data[axis]
-        if pair.block and length is not None and length % pair.block:
+        if not pair.block or data is None or axis is None:
+            continue
+        length = data[axis]
+        if length is not None and length % pair.block:
             yield pair.name, f"{length} elements in blocks of {pair.block}"
 
 

@@ -53,6 +53,11 @@ def _scale_vector(where: Where) -> Iterator[Hit]:
         yield name_of(node), f"the scale of {found.x.pairs[0].name} has shape [1]"
 
 
+def _packed(where: Where) -> Iterator[Hit]:
+    for node, _ in _states(where, "packed"):
+        yield name_of(node), "its parts go into the scores as they are"
+
+
 def _transposed(where: Where) -> Iterator[Hit]:
     for node, _ in _states(where, "transposed"):
         yield name_of(node), "ConvTranspose"
@@ -299,6 +304,13 @@ RULES: tuple[Rule, ...] = (
         "one scale per activation",
         _activation_axis,
         "per_tensor",
+    ),
+    Rule(
+        "packed-attention",
+        "slow",
+        "one product for query, key and value whose weight has a scale per channel computes in float",
+        "one scale for that weight, or a product for each",
+        _packed,
     ),
     Rule(
         "scale-vector",

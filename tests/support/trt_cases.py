@@ -165,6 +165,8 @@ def _numbers(t: Table) -> None:
     t.conv("int32 bias", with_bias, "bias-int32", refused=True, **stored)
     small = {**stored, "bq": np.ones(16, I8), "zb": np.zeros(16, I8)}
     t.conv("int8 bias", with_bias, says=INT, **small)
+    whole = with_bias.replace("<axis=0>(bq", "(bq")  # the axis is then 1, which a vector has not
+    t.conv("int8 bias per tensor", whole, says=INT, **{**small, "sb": F(0.01), "zb": I8(0)})
     channels = base.replace("Linear(x, ", "Linear<axis=1>(x, ").replace("Linear(xd_q", "Linear<axis=1>(xd_q")
     t.conv("activation per channel", channels, "activation-axis", sx=scales(16), zx=np.zeros(16, I8), says=FLOAT)
     t.conv("weight axis 1 of a square", base.replace("axis=0", "axis=1"), "weight-axis", says=FLOAT)
@@ -418,6 +420,16 @@ def _attention(t: Table) -> None:
     inside = core.format(q="qd", k="kd", v="vd", p="pd", pair=qd("p", "pd"))
     text = head + qd("q", "qd") + qd("k", "kd") + qd("v", "vd") + inside
     t.add("attention in int8", model(text, constants), "attention", s="int8", y="int8")
+    packed = "g (float[1,16,96] x) => (float[1,3,16,32] y) {\n" + qd("x", "xd") + MM_W
+    packed += " m = MatMul(xd, wd)\n r = Reshape(m, n)\n t = Transpose<perm=[2,0,3,1,4]>(r)\n"
+    packed += " qs, ks, vs = Split<axis=0, num_outputs=3>(t)\n q = Squeeze(qs, a)\n k = Squeeze(ks, a)\n"
+    packed += " v = Squeeze(vs, a)\n kt = Transpose<perm=[0,1,3,2]>(k)\n s = MatMul(q, kt)\n"
+    packed += " p = Softmax<axis=-1>(s)\n y = MatMul(p, v)\n}"
+    numbers = {"n": np.array([1, 16, 3, 3, 32]), "a": np.array([0]), "w": integers(96, 288)}
+    channels = mm_constants(sw=scales(288), zw=np.zeros(288, I8), **numbers)
+    t.add("packed attention", model(packed, channels), "packed-attention", m="float")
+    whole = mm_constants(sw=F(0.01), zw=I8(0), **numbers)
+    t.add("packed attention, one scale", model(packed, whole), m="int8")
     fused = "g (float[2,4,8,32] x, float[2,4,8,32] z) => (float[2,4,8,32] y) { y = Attention(x, z, z) }"
     t.add("Attention of float32", model(fused, {}, 23), "attention-op", refused=True)
 
