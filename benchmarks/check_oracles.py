@@ -32,7 +32,10 @@ from foldline.backends.tensorrt.flow import state
 from foldline.graph.save import save
 from quantize_files import TOOLS, U8S8, nncf, once, ort, prepare
 
-KERNELS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulNBits")
+KERNELS = (
+    *("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulNBits"),
+    *("MatMulInteger", "DynamicQuantizeMatMul"),
+)
 QOPERATOR = ort(U8S8)[2].replace("QuantFormat.QDQ", "QuantFormat.QOperator")
 LOAD = "import numpy as np; all_data = {n: np.concatenate([b[n] for b in batches()]) for n in names}"
 TORCHAO = """
