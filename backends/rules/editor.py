@@ -200,7 +200,16 @@ def spread(a: np.ndarray, axis: int | None, rank: int) -> np.ndarray:
 
 def real(editor: Editor, dq: Pair) -> np.ndarray | None:
     """What a DequantizeLinear of stored integers stands for, in float32; None where that is not known."""
-    return editor.file.const(dq.node.outputs[0])
+    data, scale, zero = editor.file.const(dq.data), dq.scales, dq.zeros
+    if data is None or scale is None or dq.block or data.dtype.kind not in "iu":
+        return editor.file.const(dq.node.outputs[0])
+    # Not through the evaluator, which leaves large tensors alone.
+    axis = None if dq.per_tensor else dq.positive_axis
+    scale = scale.reshape(()) if dq.per_tensor else spread(scale, axis, data.ndim)
+    if zero is not None and zero.any():
+        shift = zero.reshape(()) if zero.size == 1 else spread(zero, axis, data.ndim)
+        data = data.astype(np.int32) - shift.astype(np.int32)
+    return np.asarray(data.astype(scale.dtype) * scale)
 
 
 def symmetric(data: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
