@@ -56,4 +56,7 @@ class FinetuneQuantized(WeightOnly):
         data = list(examples(graph, self.data, batches, ctx.progress))
         options = PVOptions(self.rounds, self.steps, self.rate, self.share)
         tuner = PVTuner(graph, chosen, data, self.loss, options, ctx.seed)
-        return {**encoded, **dict[str, Encoded](tuner.run())}, {"loss": tuner.history}
+        tuned: dict[str, Encoded] = dict(encoded)
+        for name, found in tuner.run().items():
+            tuned[name] = found
+        return tuned, {"loss": tuner.history}

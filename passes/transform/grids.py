@@ -59,13 +59,10 @@ def formats_of(
     if activation_bits is not None and activation_bits >= 16:
         activation = None
     elif activation_bits is not None:
-        dtype, symmetric = ("uint8", False) if activation is None else (activation.dtype, activation.symmetric)
-        wide = (
-            (0, 2**activation_bits - 1)
-            if dtype == "uint8"
-            else (-(2 ** (activation_bits - 1)), 2 ** (activation_bits - 1) - 1)
-        )
-        activation = TensorFormat(dtype, symmetric, "tensor", range=wide if activation_bits < 8 else None)
+        base = TensorFormat("uint8") if activation is None else activation
+        half = 2 ** (activation_bits - 1)
+        wide = (0, 2 * half - 1) if base.dtype == "uint8" else (-half, half - 1)
+        activation = TensorFormat(base.dtype, base.symmetric, range=wide if activation_bits < 8 else None)
     return Formats(weight, activation)
 
 
