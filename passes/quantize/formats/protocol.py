@@ -24,8 +24,11 @@ class Encoded(Protocol):
         step: columns that one code stands for.
     """
 
-    layout: Layout
-    codes: np.ndarray
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def codes(self) -> np.ndarray: ...
 
     @property
     def step(self) -> int: ...
