@@ -170,6 +170,8 @@ class Context:
         last: no pass comes after this one: nothing need be left for it.
         spare: nobody needs the graph as it was loaded: the one pass of the run edits it, and no clone.
         fuel: limits the rewrites of the passes that follow rules; None: no limit, nothing is counted.
+        float_nodes: names of nodes that a pass inserted to compute in float whatever the target (the small products in
+            front of a layer that flatten its inputs for quantization).
     """
 
     example_inputs: Any = None
@@ -187,6 +189,7 @@ class Context:
     last: bool = False
     spare: bool = False
     fuel: Fuel | None = None
+    float_nodes: set[str] = field(default_factory=set)
 
 
 class Pass(BaseModel):

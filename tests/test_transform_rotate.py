@@ -200,6 +200,19 @@ def test_affine_maps_are_two_small_products_per_input(shape: str, front: str) ->
         assert sorted(len(d.subject.split(",")) for d in made)[-2:] == [2, 3]
 
 
+@pytest.mark.parametrize("front", FRONT_ENDS)
+def test_the_small_products_stay_float_when_the_layer_is_quantized(front: str) -> None:
+    graph = language_graph("llama", front, layers=1)
+    pipe = fl.Pipeline([P.FlatTransform(steps=5, rows=64, rate=0.01), P.Quantize()])
+    result = pipe.run(graph, calibration=batches(), verify=False)
+    made = [d for d in result.report.passes[0].decisions if d.action == "transformed"]
+    assert made
+    for d in made:
+        for name in d.data["nodes"]:
+            producers = [v.producer for v in result.graph.node(name).inputs if v is not None and v.producer is not None]
+            assert all(n.op != "dequantize" for n in producers)
+
+
 def test_near_square() -> None:
     assert [near_square(n) for n in (48, 384, 7, 64)] == [(6, 8), (16, 24), (1, 7), (8, 8)]
 

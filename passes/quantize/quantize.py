@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -101,7 +101,7 @@ class Quantize(Pass):
         """
         spec = self.backend_spec(ctx)
         notes = [*store_computed(graph, spec), *split_gates(graph, spec)]
-        placement = self._place(graph, spec)
+        placement = self._place(graph, spec, ctx.float_nodes)
         data = self._data(ctx, placement)
         formats = Formats(spec, placement)
         formats.bits(self.weight_bits, self.activation_bits)
@@ -170,8 +170,10 @@ class Quantize(Pass):
             return load_spec(Path(self.target), lambda name: _spec_of(ctx, name).to_dict())
         return _spec_of(ctx, self.target)
 
-    def _place(self, graph: Graph, spec: BackendSpec) -> Placement:
-        placement = place(graph, spec, self._ignored(graph), products=self.activation_products, tables=self.embeddings)
+    def _place(self, graph: Graph, spec: BackendSpec, kept: Collection[str] = ()) -> Placement:
+        placement = place(
+            graph, spec, self._ignored(graph) | set(kept), products=self.activation_products, tables=self.embeddings
+        )
         if not placement.weights and not placement.tables and not placement.points:
             raise ConstraintError(
                 "there is nothing to quantize for this target",

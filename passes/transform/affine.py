@@ -39,7 +39,8 @@ def insert_kronecker(
         left_inverse_t, right_inverse_t: the transposed inverses of both.
 
     Returns:
-        The names of the two products, or why the weights cannot take the inverse.
+        The names of the two products, which later passes of the run leave in float (``Context.float_nodes``), or why
+        the weights cannot take the inverse.
     """
     for node, _ in boundary.readers:
         weight = node.inputs[1]
@@ -62,6 +63,7 @@ def insert_kronecker(
         made += _products(graph, x, users, stored, len(left), len(right), label)
     for node, _ in boundary.readers:
         take_inverse(graph, node, left_inverse_t, right_inverse_t)
+    env.ctx.float_nodes.update(made)
     return made
 
 

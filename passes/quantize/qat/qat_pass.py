@@ -56,7 +56,7 @@ class QuantizeAware(Quantize):
             )  # fmt: skip
         spec = self.backend_spec(ctx)
         notes = store_computed(graph, spec)
-        placement = self._place(graph, spec)
+        placement = self._place(graph, spec, ctx.float_nodes)
         placement.tables.clear()  # they are stored as integers when the training is over
         data = self._data(ctx, placement)
         formats = Formats(spec, placement)
