@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import foldline as fl
 import numpy as np
 import pytest
 import torch
