@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from foldline import Pipeline
 from foldline import passes as P
+from foldline.graph.version import VERSION
 from foldline.graph.execute import run_graph
 from foldline.graph.ir import Graph
 from foldline.passes.quantize.bits import MixedPrecision
@@ -122,8 +123,8 @@ def main() -> None:
             table("Widths at equal bytes", mixed_rows(args, graph), graph, judge, batches)
         if "corrections" in args.parts:
             table("Corrections", correction_rows(args, graph), graph, judge, batches)
-    versions = ", ".join(f"{n} {version(n)}" for n in ("foldline", "torch", "numpy", "scipy"))
-    print(f"\nSeconds: of the process, one thread. {versions}")
+    versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "numpy", "scipy"))
+    print(f"\nSeconds: of the process, one thread. foldline {VERSION}, {versions}")
 
 
 if __name__ == "__main__":

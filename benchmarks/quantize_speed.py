@@ -26,7 +26,7 @@ from quantize_files import once, prepare
 
 MODELS = (
     "resnet20 resnet56 resnet18 mobilenetv2_100 mobilenetv3_large_100 efficientnet_b0 convnext_femto convnext_tiny "
-    "vit_tiny_patch16_224 minilm densenet121 regnety_002 ghostnet_100 mnasnet_100 shufflenet_v2_x1_0"
+    "vit_tiny_patch16_224 minilm densenet121 regnety_002 ghostnet_100 mnasnet_100 repvgg_a0 levit_128s"
 ).split()
 SPEED_TOOLS = ["foldline", "ort", "ort u8s8", "nncf"]
 
