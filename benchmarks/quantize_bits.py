@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from foldline import Pipeline
 from foldline import passes as P
-from foldline.graph.version import VERSION
 from foldline.graph.execute import run_graph
 from foldline.graph.ir import Graph
+from foldline.graph.version import VERSION
 from foldline.passes.quantize.bits import MixedPrecision
 from foldline.passes.quantize.bits.costs import stored_bytes
 from foldline.passes.quantize.choices import narrowed
