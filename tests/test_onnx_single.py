@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7.5
 I = np.array([[2, -1, 0], [1, 1, -2]], dtype=np.int64)  # noqa: E741
+R = np.random.default_rng(0).standard_normal((37, 61)).astype(np.float32)
 CASES: dict[str, tuple[str, list[np.ndarray], dict[str, Any], int]] = {
     "gather elements": ("GatherElements", [X[0].copy(), I[:, :3].copy()], {"axis": 1}, TensorProto.FLOAT),
     "gather elements, rows": ("GatherElements", [X[0].copy(), I[:, :3].copy() % 3], {"axis": 0}, TensorProto.FLOAT),
@@ -29,6 +30,17 @@ CASES: dict[str, tuple[str, list[np.ndarray], dict[str, Any], int]] = {
     "wide to narrow int": ("Cast", [I * 300], {"to": TensorProto.INT8}, TensorProto.INT8),
     "integers": ("Mul", [I, I[:1] - 5], {}, TensorProto.INT64),
     "modulo": ("Mod", [I * 7, I * 0 - 3], {}, TensorProto.INT64),
+    "where": ("Where", [X > 0, X, X[:, :1] * 3], {}, TensorProto.FLOAT),
+    "many comparisons": ("LessOrEqual", [np.arange(70), np.arange(60)[:, None]], {}, TensorProto.BOOL),
+    "many ands": ("And", [np.arange(70) % 2 == 0, np.arange(60)[:, None] > 3], {}, TensorProto.BOOL),
+    "not": ("Not", [np.arange(2000) % 3 == 0], {}, TensorProto.BOOL),
+    "sum": ("Add", [R, R[:1] / 7], {}, TensorProto.FLOAT),
+    "difference": ("Sub", [R, R[1] * 1e-3], {}, TensorProto.FLOAT),
+    "product": ("Mul", [R, R[:, :1] / 3], {}, TensorProto.FLOAT),
+    "quotient": ("Div", [R, R[:1] * 0.7], {}, TensorProto.FLOAT),
+    "root of one number": ("Sqrt", [np.array(32.0, np.float32)], {}, TensorProto.FLOAT),
+    "negated": ("Neg", [R], {}, TensorProto.FLOAT),
+    "magnitude": ("Abs", [R], {}, TensorProto.FLOAT),
     "range": ("Range", [np.array(3), np.array(-4), np.array(-2)], {}, TensorProto.INT64),
 }
 

@@ -53,9 +53,9 @@ def constant_attribute(node: ir.Node) -> ir.TensorProtocol | None:
         if name == "value":
             return attr.value  # not as_tensor(): its protocol check costs more than all else here
         if name in ("value_int", "value_ints"):
-            return ir.tensor(np.asarray(attr.value, np.int64))
+            return ir.Tensor(np.asarray(attr.value, np.int64))  # not ir.tensor(): it checks protocols
         if name in ("value_float", "value_floats"):
-            return ir.tensor(np.asarray(attr.value, np.float32))
+            return ir.Tensor(np.asarray(attr.value, np.float32))
         if name in ("value_string", "value_strings"):
             strings = [attr.value] if name == "value_string" else list(attr.value)
             data = [s.encode() if isinstance(s, str) else s for s in strings]

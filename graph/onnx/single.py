@@ -87,22 +87,41 @@ def move(
             return _cast(graph, native, first, wide)
         if op in MOVES:
             return MOVES[op](attrs, first, operands[1:])
+        if op == "Where" and all(x is not None for x in operands):
+            return [np.where(*operands)]  # type: ignore[call-overload]
     except (ValueError, IndexError, TypeError):
         return None  # operands that do not fit: the full evaluation says which
+    if not wide and op in IEEE and first.dtype in (np.float32, np.float64):
+        if any(x is None or x.dtype != first.dtype for x in operands) or op == "Sqrt" and first.size > 1:
+            return None
+        with np.errstate(all="ignore"):
+            return [np.asarray(IEEE[op](*operands), first.dtype)]
     if any(x is None or x.dtype.kind not in "iub" for x in operands):
         return None
     if op == "Mod" and attrs.get("fmod"):
         return None
+    if op in LOGIC:
+        return [np.asarray(LOGIC[op](*operands))]
     found = evaluate(op, attrs, [Elements.constant(x) for x in operands if x is not None])
     return None if found is None else [e.a for e in found]
 
 
 ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
     "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Neg": np.negative, "Sqrt": np.sqrt,
-    "Reciprocal": np.reciprocal, "Abs": np.abs,
+    "Reciprocal": np.reciprocal, "Abs": np.abs, "Cos": np.cos, "Sin": np.sin, "Exp": np.exp,
 }  # fmt: skip
+IEEE: dict[str, Callable[..., np.ndarray]] = {
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": np.divide, "Neg": np.negative, "Abs": np.abs,
+    "Sqrt": np.sqrt,
+}  # fmt: skip
+"""Rounded correctly by every runtime: the same bits everywhere (vectorized square roots apart)."""
+LOGIC: dict[str, Callable[..., np.ndarray]] = {
+    "And": np.logical_and, "Or": np.logical_or, "Not": np.logical_not, "Equal": np.equal, "Less": np.less,
+    "LessOrEqual": np.less_equal, "Greater": np.greater, "GreaterOrEqual": np.greater_equal,
+}  # fmt: skip
+"""Of integers and booleans."""
 INTEGER = frozenset("Add Sub Mul Mod Range And Or Not Equal Less LessOrEqual Greater GreaterOrEqual Where".split())
-KNOWN = frozenset(MOVES) | INTEGER | {"Concat", "Expand", "GatherElements", "Cast", "CastLike"}
+KNOWN = frozenset(MOVES) | INTEGER | frozenset(IEEE) | {"Concat", "Expand", "GatherElements", "Cast", "CastLike"}
 WIDENED = ("float16", "bfloat16", "float32")
 PLAIN = ("float16", "float32", "float64")
 TARGETS = frozenset((*PLAIN, "bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))))

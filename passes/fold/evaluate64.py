@@ -168,7 +168,8 @@ def _jumps(nodes: Sequence[Node]) -> set[int]:
         elif node.op == "cast" or node.attrs.get("fn") == "to":
             # bfloat16 weights that pass through float32 and back are rounded for want of room, not on purpose
             meant = DIGITS.get(target, 0) < finest and any(u.op not in _MOVES for u, _ in node.outputs[0].uses)
-            if target not in DIGITS or meant:
+            stored = node.inputs[0] is not None and node.inputs[0].is_const  # the same number in float64
+            if (target not in DIGITS and not stored) or (target in DIGITS and meant):
                 found.add(id(node))
     return found
 
