@@ -77,6 +77,8 @@ class _Run:
                 if self.graph.holds(node):
                     self._visit(node)
             if len(self.log.applied) > before:  # rules look further than one node: all are asked once more
+                if any(d.data["why"] == Why.SHAPE.value for d in self.refusals.values()):
+                    self.graph.refresh()  # a shape that stood in the way may be settled now
                 self._queue(self.graph.nodes)
                 self.env.look_again()
         alive = {node.name for node in self.graph.nodes}  # what another rule took away has nothing to explain
