@@ -48,7 +48,9 @@ def exactly(value: Value | None, number: float, env: Env) -> bool:
     data = value.const()
     if data is None or data.dtype.kind not in "iufb" and data.dtype.name not in FLOATS:
         return False
-    return bool(data.size) and bool((data == np.asarray(number, data.dtype)).all())
+    flat, wanted = data.reshape(-1), np.asarray(number, data.dtype)
+    # most constants are another number in their first element already
+    return bool(flat.size) and bool(flat[0] == wanted) and bool((flat == wanted).all())
 
 
 def fits_into(small: Value | None, large: Value) -> bool:
