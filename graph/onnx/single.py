@@ -87,8 +87,9 @@ def move(
             return _cast(graph, native, first, wide)
         if op in MOVES:
             return MOVES[op](attrs, first, operands[1:])
-        if op == "Where" and all(x is not None for x in operands):
-            return [np.where(*operands)]  # type: ignore[call-overload]
+        if op == "Where" and len(operands) == 3:
+            _, yes, no = operands
+            return None if yes is None or no is None else [np.where(first, yes, no)]
     except (ValueError, IndexError, TypeError):
         return None  # operands that do not fit: the full evaluation says which
     if not wide and op in IEEE and first.dtype in (np.float32, np.float64):
