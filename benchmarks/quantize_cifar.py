@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.data import cifar10, trained_resnet
 
 BATCH = 100
+LOT = 64
+"""Images per batch of calibration."""
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W3A8": (3, 8), "W2A8": (2, 8)}
 Model = Callable[[torch.Tensor], torch.Tensor]
 
@@ -228,7 +230,7 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
     parser.add_argument("--recipes", nargs="*", default=[], help="only recipes of foldline whose name contains a word")
     parser.add_argument("--images", type=int, default=10_000, help="test images")
-    parser.add_argument("--calibration", type=int, default=512, help="training images to calibrate on")
+    parser.add_argument("--calibration", type=int, default=256, help="training images to calibrate on")
     parser.add_argument("--steps", type=int, default=200, help="steps of block reconstruction per block")
     parser.add_argument("--target", default="inductor-cpu", help="whose placement foldline uses")
     parser.add_argument("--mixed", type=int, nargs="*", default=[], help="average bits to compare with uniform ones")
@@ -239,11 +241,11 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     images, labels = cifar10("test", args.images)
-    data = list(cifar10("train", args.calibration)[0].split(BATCH))
-    data = [x for x in data if len(x) == BATCH]  # one shape for all tools
+    data = list(cifar10("train", args.calibration)[0].split(LOT))
+    data = [x for x in data if len(x) == LOT]  # one shape for all tools
     print(
         f"torch {torch.__version__}, nncf {version('nncf')}, torchao {version('torchao')}, {args.threads} threads; "
-        f"{len(data) * BATCH} training images to calibrate, {len(images)} test images; places of {args.target}; "
+        f"{len(data) * LOT} training images to calibrate, {len(images)} test images; places of {args.target}; "
         "first and last layer at 8 bits (nncf below 8 bits: float)\n"
     )
     for depth in args.depth:
