@@ -55,9 +55,8 @@ def ends(bits: tuple[int, int]) -> dict[str, Any]:
 def our_recipes(bits: tuple[int, int], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name of the recipe and the options of Quantize."""
     plain = {"weight_bits": bits[0], "activation_bits": bits[1], "formats": ends(bits)}
-    yield "nearest, min-max (RTN)", plain
+    yield "default: nearest, min-max (RTN)" if bits == (8, 8) else "nearest, min-max (RTN)", plain
     if bits == (8, 8):
-        yield "default", {}
         yield "GPTQ", {**plain, "ranges": "mse", "rounding": "gptq"}
         return
     tuned = {**plain, "ranges": "mse" if bits[1] < 8 else "minmax"}

@@ -15,6 +15,7 @@ from foldline.graph.errors import ConfigError, ConstraintError
 from foldline.graph.verify import compare
 from foldline.passes.quantize.bits import MixedPrecision
 from foldline.passes.quantize.bits.costs import Budget, budgets, site_bytes, site_macs
+from foldline.passes.quantize.bits.losses import rounded
 from foldline.passes.quantize.bits.mixed import first_samples
 from foldline.passes.quantize.bits.noise import (
     QuantNoise,
@@ -125,7 +126,43 @@ def test_mixed_is_at_least_as_good_as_uniform_at_equal_bytes(front: str, sensiti
             assert chosen["average_weight_bits"] <= 4 and len(set(chosen["widths"].values())) > 1
             stored = {n: d["weight_bits"] for n, d in run.report.passes[-1].details["layers"].items()}
             assert {n: chosen["widths"][n] for n in stored} == stored
+            tried = chosen["measured"]
+            assert tried[chosen["taken"]] == min(tried.values()) <= tried["uniform 4"]
     assert found["mixed"] > found["uniform"] + (1 if sensitivity == "sqnr" else 0)
+
+
+def test_the_choice_is_measured_as_a_whole_and_never_loses_to_uniform_widths() -> None:
+    """What is reported equals a run with all weights rounded; the program alone may lose, the choice may not."""
+    model, batches = six()
+    graph = graph_of(model, batches[0], "fx")
+    placement = place(graph, SPEC, set())
+    sites = {s.node.name: s for s in placement.weights}
+
+    def truth(widths: dict[str, int]) -> float:
+        other, signal, noise = graph.clone(), 0.0, 0.0
+        for name, bits in widths.items():
+            form = narrowed(sites[name].form, bits, SPEC.weight_dtypes)
+            other.set_weight(other.weight(sites[name].weight.name), rounded(sites[name], form))
+        for batch in batches:
+            (a,), (b,) = (g.run(g.bind(batch))[0] for g in (graph, other))
+            signal, noise = signal + float((a**2).sum()), noise + float(((a - b) ** 2).sum())
+        return noise / signal
+
+    for budget in (2.2, 2.6, 3, 3.5, 4, 5):
+        found, alone = (
+            MixedPrecision(choices=(2, 3, 4, 5, 6, 8), budget=budget, compare=c).choose(graph, placement, SPEC, batches)
+            for c in (True, False)
+        )
+        tried = found.details["measured"]
+        assert tried[found.details["taken"]] == min(tried.values())
+        assert truth(found.details["widths"]) == pytest.approx(min(tried.values()), rel=1e-3)
+        assert truth(alone.details["widths"]) == pytest.approx(tried["program"], rel=1e-3)
+        assert tried[f"uniform {int(budget)}"] == pytest.approx(truth(dict.fromkeys(sites, int(budget))), rel=1e-3)
+        assert found.details["budgets"]["bits"]["spent"] <= found.details["budgets"]["bits"]["limit"]
+    # losses that lead astray: the program gives the bits to the wrong layers, the comparison sees it
+    wrong = {n: {2: 1e-3 * i, 8: 0.0} for i, n in enumerate(sites)}
+    given = MixedPrecision(choices=(2, 8), budget=4, sensitivity=wrong).choose(graph, placement, SPEC, batches)
+    assert "measured" not in given.details  # the caller's losses are the caller's choice
 
 
 def test_more_budget_never_loses_more_and_the_same_call_gives_the_same() -> None:

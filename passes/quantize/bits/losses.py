@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ...base import Progress
 from ..numerics import range_params, weight_params
 from ..placement import Placement, WeightSite
 from ..spec import TensorFormat
+
+if TYPE_CHECKING:
+    from ..sensitivity.measured import Trial
 
 Method = Literal["sqnr", "kl", "pqi", "fisher", "weights"]
 Losses = dict[str, dict[int, float]]
@@ -40,18 +43,9 @@ def losses_of_weights(
     that distribution.
     """
     if method in ("sqnr", "kl"):
-        from ..sensitivity.measured import Trial, measure
+        from ..sensitivity.measured import measure
 
-        trials = []
-        for site in sites:
-            value = site.weight.value
-            assert value is not None
-
-            def change(bits: int, weight: np.ndarray, site: WeightSite = site) -> np.ndarray:
-                return rounded(site, forms[site.node.name][bits]).astype(weight.dtype, copy=False)
-
-            trials.append(Trial(site.node.name, value, tuple(forms[site.node.name]), change))
-        return measure(graph, trials, batches, method, progress)  # type: ignore[arg-type]
+        return measure(graph, weight_trials(sites, forms), batches, method, progress)  # type: ignore[arg-type]
     if method == "weights":
         return {s.node.name: {b: _relative(s, f) for b, f in forms[s.node.name].items()} for s in sites}
     return _by_gradients(graph, sites, forms, batches, method, seed, progress)
@@ -109,19 +103,49 @@ def losses_of_points(
     """{root: {bits: loss}}, summed over the points that share the root's scale; ranges are each batch's extremes."""
     if not forms:
         return {}
-    from ..sensitivity.measured import Trial, measure
+    from ..sensitivity.measured import measure
 
-    trials, owner = [], {}
+    return summed(placement, forms, measure(graph, point_trials(placement, forms), batches, metric, progress))
+
+
+def weight_trials(sites: Sequence[WeightSite], forms: Mapping[str, Mapping[int, TensorFormat]]) -> list[Trial]:
+    """The sites' weights, by node name, rounded to each width."""
+    from ..sensitivity.measured import Trial
+
+    trials = []
+    for site in sites:
+        value = site.weight.value
+        assert value is not None
+
+        def change(bits: int, weight: np.ndarray, site: WeightSite = site) -> np.ndarray:
+            return rounded(site, forms[site.node.name][bits]).astype(weight.dtype, copy=False)
+
+        trials.append(Trial(site.node.name, value, tuple(forms[site.node.name]), change))
+    return trials
+
+
+def point_trials(placement: Placement, forms: Mapping[str, Mapping[int, TensorFormat]]) -> list[Trial]:
+    """The points, by name, whose root has ``forms``; ranges are each batch's extremes."""
+    from ..sensitivity.measured import Trial
+
+    trials = []
     for name, point in placement.points.items():
-        widths = forms[point.root]
+        widths = forms.get(point.root)
+        if widths is None:
+            continue
 
         def change(bits: int, x: np.ndarray, widths: Mapping[int, TensorFormat] = widths) -> np.ndarray:
             return range_params(float(x.min()), float(x.max()), widths[bits]).apply(x)
 
         trials.append(Trial(name, point.value, tuple(widths), change))
-        owner[name] = point.root
-    found: Losses = {root: dict.fromkeys(widths, 0.0) for root, widths in forms.items()}
-    for name, losses in measure(graph, trials, batches, metric, progress).items():
-        for bits, loss in losses.items():
-            found[owner[name]][bits] += loss
+    return trials
+
+
+def summed(placement: Placement, forms: Mapping[str, Mapping[int, TensorFormat]], losses: Losses) -> Losses:
+    """Losses by point as losses by root."""
+    found: Losses = {root: {} for root in forms}
+    for name, widths in losses.items():
+        mine = found[placement.points[name].root]
+        for bits, loss in widths.items():
+            mine[bits] = mine.get(bits, 0.0) + loss
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
@@ -12,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ....graph.errors import ConfigError
 from ....graph.ir import Graph
-from ...allocate import Level, allocate
 from ...base import Progress, config_error, no_progress
 from ..choices import BitChoice, narrowed
 from ..placement import Placement, WeightSite
 from ..spec import BackendSpec, TensorFormat
 from .costs import Budget, activation_bits, bit_operations, budgets, site_bytes, site_macs
-from .losses import losses_of_points, losses_of_weights
+from .losses import Losses, losses_of_points, losses_of_weights
+from .whole import Chooser, Group, Pick, best_of
 
 COMBINATIONS = 128
 """Where activations and the weights they meet are chosen together: most combinations that are listed; beyond that the
@@ -30,8 +29,10 @@ class MixedPrecision(BaseModel):
 
     The loss of each layer at each width is measured (or given), losses of several layers are taken to add up, and the
     widths are the exact solution of min sum loss subject to the budgets: an integer program (HiGHS), as in "Improving
-    Post Training Neural Quantization: Layer-wise Calibration and Integer Programming". Where weights are tied, or
-    points share a scale, they share their bits.
+    Post Training Neural Quantization: Layer-wise Calibration and Integer Programming". Losses add up only as long as
+    they are small, so the choice is then measured as a whole, beside uniform widths, and improved (``compare``,
+    ``rounds``): on the samples it is never worse than the widest uniform choice within the budgets. Where weights are
+    tied, or points share a scale, they share their bits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -56,6 +57,13 @@ class MixedPrecision(BaseModel):
     """Calibration samples that the losses are measured on."""
     method: Literal["milp", "dp"] = "milp"
     """Solver; dp takes one budget."""
+    compare: bool = True
+    """Measure the choice as a whole on the samples, beside the widest uniform one within the budgets and the one by
+    the weights' own errors, and take what costs least at the outputs; False, or where losses are given: the integer
+    program's, as it is."""
+    rounds: int = Field(default=2, ge=0)
+    """After the comparison: how often losses are measured again around the best choice and the program is solved with
+    them, as long as that helps."""
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -93,22 +101,36 @@ class MixedPrecision(BaseModel):
         point_forms = self._point_forms(placement, spec)
         point_losses = losses_of_points(graph, placement, point_forms, batches, self._metric(), progress)
         groups = _groups(placement, tied, forms, point_forms)
-        items: dict[str, list[Level | tuple[float, float]]] = {}
-        picks: dict[str, list[Pick]] = {}
         for group in groups:
-            levels = [self._level(graph, placement, group, p, limits, weight_losses, point_losses) for p in group.picks]
-            items[group.name], picks[group.name] = list(levels), group.picks
-        total = [self._limit(b, items, i, tied) for i, b in enumerate(limits)]
-        found = allocate(items, total if len(total) > 1 else total[0], method=self.method)
+            group.costs = [self._cost(graph, placement, group, p, limits) for p in group.picks]
+        total = [self._limit(b, groups, i, tied) for i, b in enumerate(limits)]
+        chooser = Chooser(
+            graph, placement, groups, total, tied, forms, point_forms, batches, self._metric(), self.method, progress
+        )
+        chosen, found = chooser.solved(weight_losses, point_losses)
+        facts: dict[str, Any] = {"expected_loss": found.loss}
+        if self.compare and batches and not isinstance(self.sensitivity, dict):
+            candidates = {"program": chosen, **chooser.uniform()}
+            if self.sensitivity in ("sqnr", "kl"):
+                cheap = losses_of_weights(graph, tied, forms, batches, "weights", seed, progress)
+                # An activation's loss has no like among those of weights alone: both are shares of their most.
+                candidates["program by weights"] = chooser.solved(_shares(cheap), _shares(point_losses))[0]
+            chosen, losses, best = best_of(chooser, candidates, self.rounds)
+            facts |= {"measured": losses, "taken": best}
         formats: dict[str, TensorFormat] = {}
-        for name, level in found.levels.items():
-            pick = picks[name][level]
+        for group in groups:
+            pick = group.picks[chosen[group.name]]
             formats |= {site: forms[site][bits] for site, bits in pick.weights.items()}
             formats |= {root: point_forms[root][bits] for root, bits in pick.points.items()}
         for site in placement.weights:  # nodes that share a weight
             first = next(s for s in tied if s.weight is site.weight)
             formats.setdefault(site.node.name, formats[first.node.name])
-        return BitChoice(formats, self._details(placement, found, limits, total, formats, weight_losses, point_losses))
+        spent = np.sum([np.atleast_1d(g.costs[chosen[g.name]]) for g in groups], axis=0)
+        facts["budgets"] = {
+            b.kind: {"limit": t, "spent": float(c)} for b, t, c in zip(limits, total, spent, strict=True)
+        }
+        facts["losses"] = {k: dict(v) for k, v in {**weight_losses, **point_losses}.items()}
+        return BitChoice(formats, {**self._details(placement, formats), **facts})
 
     def _widths(self, site: WeightSite) -> tuple[int, ...]:
         known = [self.keep[k] for k in (site.node.name, site.node.scope, site.weight.name) if k in self.keep]
@@ -146,18 +168,9 @@ class MixedPrecision(BaseModel):
         widths = sorted(set(self.activations))
         return {r: {b: narrowed(f, b, spec.activation_dtypes) for b in widths} for r, f in roots.items() if widths}
 
-    def _level(
-        self,
-        graph: Graph,
-        placement: Placement,
-        group: Group,
-        pick: Pick,
-        limits: Sequence[Budget],
-        weight_losses: Mapping[str, Mapping[int, float]],
-        point_losses: Mapping[str, Mapping[int, float]],
-    ) -> Level:
-        loss = sum(weight_losses[n][b] for n, b in pick.weights.items())
-        loss += sum(point_losses[n][b] for n, b in pick.points.items())
+    def _cost(
+        self, graph: Graph, placement: Placement, group: Group, pick: Pick, limits: Sequence[Budget]
+    ) -> float | tuple[float, ...]:
         costs = []
         for limit in limits:
             total = 0.0
@@ -179,7 +192,7 @@ class MixedPrecision(BaseModel):
                         if s.weight is site.weight
                     )
             costs.append(total)
-        return Level(costs[0] if len(costs) == 1 else tuple(costs), float(loss))
+        return costs[0] if len(costs) == 1 else tuple(costs)
 
     def _milliseconds(self, site: WeightSite, bits: int) -> float:
         table = next((self.latency[k] for k in (site.node.name, site.node.scope) if k in self.latency), None)
@@ -191,52 +204,28 @@ class MixedPrecision(BaseModel):
             )  # fmt: skip
         return float(table[bits])
 
-    def _limit(self, budget: Budget, items: Mapping[str, list[Any]], i: int, sites: Sequence[WeightSite]) -> float:
+    def _limit(self, budget: Budget, groups: Sequence[Group], i: int, sites: Sequence[WeightSite]) -> float:
         if budget.kind == "bits":
             return budget.value * sum(s.weight.size for s in sites)
         if budget.value > 1:
             return budget.value
-        return budget.value * sum(max(float(np.atleast_1d(level[0])[i]) for level in x) for x in items.values())
+        return budget.value * sum(max(float(np.atleast_1d(cost)[i]) for cost in g.costs) for g in groups)
 
-    def _details(
-        self,
-        placement: Placement,
-        found: Any,
-        limits: Sequence[Budget],
-        total: Sequence[float],
-        formats: Mapping[str, TensorFormat],
-        weight_losses: Mapping[str, Mapping[int, float]],
-        point_losses: Mapping[str, Mapping[int, float]],
-    ) -> dict[str, Any]:
+    def _details(self, placement: Placement, formats: Mapping[str, TensorFormat]) -> dict[str, Any]:
         sites = _tied(placement)
         size = sum(s.weight.size for s in sites)
         return {
             "widths": {name: int(form.bits) for name, form in formats.items()},
             "average_weight_bits": sum(s.weight.size * formats[s.node.name].bits for s in sites) / size,
             "weight_bytes": sum(site_bytes(s, formats[s.node.name], self.packed) for s in sites),
-            "budgets": {b.kind: {"limit": t, "spent": c} for b, t, c in zip(limits, total, found.cost, strict=True)},
-            "expected_loss": found.loss,
             "sensitivity": "given" if isinstance(self.sensitivity, dict) else self.sensitivity,
-            "losses": {k: dict(v) for k, v in {**weight_losses, **point_losses}.items()},
         }
 
 
-@dataclass
-class Pick:
-    """One combination: widths of a group's weights and of its activation."""
-
-    weights: dict[str, int]
-    points: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass
-class Group:
-    """What is chosen together: a weight by itself, or an activation with the weights that meet it."""
-
-    name: str
-    sites: list[WeightSite]
-    forms: dict[str, dict[int, TensorFormat]]
-    picks: list[Pick]
+def _shares(losses: Losses) -> Losses:
+    """Losses over the largest of them."""
+    most = max((x for widths in losses.values() for x in widths.values()), default=0.0) or 1.0
+    return {n: {b: x / most for b, x in widths.items()} for n, widths in losses.items()}
 
 
 def _tied(placement: Placement) -> list[WeightSite]:

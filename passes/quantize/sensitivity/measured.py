@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,8 +41,9 @@ def measure(
     batches: Iterable[Any],
     metric: Metric | Callable[[list[list[Tensor]], list[list[Tensor]]], float] = "sqnr",
     progress: Progress = no_progress,
+    others: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[Any, float]]:
-    """What each choice of each trial costs at the outputs, all else in float: {name: {choice: loss}}.
+    """What each choice of each trial costs at the outputs, all else in float or as chosen: {name: {choice: loss}}.
 
     The float network is executed once, from front to back; at each trial its choices branch off: only the calls from
     there on are made again, with the values computed so far shared. On average that is half a run per choice. Under
@@ -54,30 +55,88 @@ def measure(
             is the SQNR in dB); "kl": mean KL divergence in nats between the softmax over the last axis of the first
             output, float against changed; or a function (outputs in float, outputs changed) -> loss, each a list over
             the batches of lists of tensors.
+        others: name of a trial -> the choice under which it stands while another one is tried; absent ones are float.
 
     Raises:
         ConstraintError: there is no batch, a value is not in the graph, or an output is not finite.
         UnsupportedOp: an ONNX operator has no torch implementation.
     """
+    loss, run, wanted = _float_run(graph, batches, metric)
+    found: dict[str, dict[Any, float]] = {}
+    with torch.no_grad():
+        plan = _planned(run, trials, others or {})
+        for i, step in enumerate(progress(plan, "sensitivity")):
+            run.advance(step.at)
+            losses = found.setdefault(step.trial.name, {})
+            for choice in step.trial.choices:
+                with _branch(run):
+                    _change(run, step.trial, choice)
+                    losses[choice] = _finished(loss(wanted, _outputs(run, plan[i + 1 :])), step.trial.name, choice)
+            step.take(run)
+    return {t.name: found[t.name] for t in trials}
+
+
+def measure_together(
+    graph: Graph,
+    trials: Sequence[Trial],
+    sets: Sequence[Mapping[str, Any]],
+    batches: Iterable[Any],
+    metric: Metric | Callable[[list[list[Tensor]], list[list[Tensor]]], float] = "sqnr",
+) -> list[float]:
+    """What each set of choices, {name of a trial: choice}, costs at the outputs when all of it is done at once.
+
+    One run of the network each; metrics and errors are those of :func:`measure`.
+    """
+    loss, run, wanted = _float_run(graph, batches, metric)
+    found = []
+    with torch.no_grad():
+        for chosen in sets:
+            with _branch(run):
+                outputs = _outputs(run, _planned(run, trials, chosen))
+            found.append(_finished(loss(wanted, outputs), "all together", dict(chosen)))
+    return found
+
+
+def _float_run(graph: Graph, batches: Iterable[Any], metric: Any) -> tuple[Callable[..., float], Runner, Any]:
+    """The loss, a runner at its start, and the outputs in float."""
     loss = metric if callable(metric) else {"sqnr": noise_ratio, "kl": divergence}[metric]
     run = runner(graph, LINEAR)
-    found: dict[str, dict[Any, float]] = {}
     with torch.no_grad():
         run.start(bound(graph, batches))
         with _branch(run):
-            wanted = _outputs(run)
-        placed = sorted(((_place(run, t.value), i) for i, t in enumerate(trials)))
-        for at, i in progress(placed, "sensitivity"):
-            trial = trials[i]
-            run.advance(at)
-            losses = found.setdefault(trial.name, {})
-            for choice in trial.choices:
-                with _branch(run):
-                    _change(run, trial, choice)
-                    losses[choice] = loss(wanted, _outputs(run))
-                    if not np.isfinite(losses[choice]):
-                        raise ConstraintError("the outputs are not finite", value=trial.name, found=choice)
-    return {t.name: found[t.name] for t in trials}
+            wanted = _outputs(run, [])
+    return loss, run, wanted
+
+
+@dataclass
+class _Step:
+    """A trial at its place in the run, and the choice under which it stands while others are tried (if any)."""
+
+    at: int
+    trial: Trial
+    stands: bool = False
+    choice: Any = None
+
+    def take(self, run: Runner) -> None:
+        """Make the change; the run is at its place. Weights are changed before the run begins."""
+        if self.stands and not self.trial.value.is_const:
+            _change(run, self.trial, self.choice)
+
+
+def _planned(run: Runner, trials: Sequence[Trial], others: Mapping[str, Any]) -> list[_Step]:
+    """The trials in the order of their places; weights among ``others`` are changed at once."""
+    order = sorted((_place(run, t.value), i) for i, t in enumerate(trials))
+    plan = [_Step(at, trials[i], trials[i].name in others, others.get(trials[i].name)) for at, i in order]
+    for step in plan:
+        if step.stands and step.trial.value.is_const:
+            _change(run, step.trial, step.choice)
+    return plan
+
+
+def _finished(loss: float, name: str, choice: Any) -> float:
+    if not np.isfinite(loss):
+        raise ConstraintError("the outputs are not finite", value=name, found=choice)
+    return loss
 
 
 class _branch:
@@ -124,8 +183,11 @@ def _change(run: Runner, trial: Trial, choice: Any) -> None:
         env[key] = torch.from_numpy(np.ascontiguousarray(trial.change(choice, x.numpy()))).to(x.dtype)
 
 
-def _outputs(run: Runner) -> list[list[Tensor]]:
-    """All floating outputs of every batch, after the rest of the calls."""
+def _outputs(run: Runner, rest: Sequence[_Step]) -> list[list[Tensor]]:
+    """All floating outputs of every batch, after the rest of the calls with what stands changed among them."""
+    for step in rest:
+        run.advance(step.at)
+        step.take(run)
     run.advance(len(run.order))
     keys = [run.key(v) for v in run.graph.outputs if v.dtype.startswith(("float", "bfloat")) and not v.is_const]
     return [[env[key].float() for key in keys] for env in run.envs]
