@@ -15,7 +15,7 @@ Goal = Annotated[
     typer.Option("--target", help="What is to remain instead: macs=0.5, params=0.5, bytes=1e6, latency=0.6."),
 ]
 Criterion = Annotated[str | None, typer.Option(help="How indices are judged; `foldline passes prune` lists them.")]
-Scope = Annotated[str | None, typer.Option(help="uniform, global, isomorphic or layerwise.")]
+Scope = Annotated[str | None, typer.Option(help="uniform, global, isomorphic, layerwise or auto.")]
 Round = Annotated[int | None, typer.Option("--round-to", min=1, help="Cut axes stay multiples of this.")]
 MinKeep = Annotated[int | None, typer.Option("--min-keep", min=1, help="Indices that each group keeps at least.")]
 Ignore = Annotated[list[str] | None, typer.Option(help="Name pattern whose groups stay whole; may be repeated.")]

@@ -4,6 +4,12 @@
     python benchmarks/cifar_finetune.py train .bench/r56 --device cuda --epochs 60 --out $OUT
     python benchmarks/cifar_finetune.py table $OUT
 
+Where there is no GPU, bfloat16 and channels-last halve a step (AVX-512 BF16), and each side gets the peak rate that a
+short training finds for it on held-out training images:
+
+    python benchmarks/cifar_finetune.py search .bench/r56 --half --nhwc --distil 0.5 --only A B --out OUT
+    python benchmarks/cifar_finetune.py train .bench/r56 --half --nhwc --distil 0.5 --rates OUT/rates.json --out OUT
+
 ``base`` first fine-tunes the common base further, once for both sides; ``prune --base`` then starts from its file.
 ``prune`` needs foldline and torch-pruning 1.6.1; the other commands torch, numpy and pillow only, so that they run on
 any machine with a GPU. The data folder (FOLDLINE_DATA or --data) holds cifar10-jpeg.tar.xz and resnet56-jpeg.pt; the
@@ -82,8 +88,22 @@ def trainees_of(entries: list[dict[str, Any]], folder: Path, budget: Budget, arg
     made = []
     for e in entries:
         state = torch.load(folder / f"{e['name']}.pt", map_location="cpu", weights_only=True)
-        made.append(Trainee(e["name"], rebuild(state, e["shortcuts"]), budget, args.device, args.half, args.nhwc))
+        model, peak = rebuild(state, e["shortcuts"]), (args.peaks or {}).get(e["setting"])
+        made.append(Trainee(e["name"], model, budget, args.device, args.half, args.nhwc, peak))
     return made
+
+
+def teacher_of(args: argparse.Namespace, budget: Budget) -> Trainee | None:
+    """The unpruned base, where its answers are wanted."""
+    if not args.distil:
+        return None
+    return Trainee("base", load_base(args), budget, args.device, args.half, args.nhwc)
+
+
+def budget_of(args: argparse.Namespace) -> Budget:
+    """What the command line gives to every network."""
+    shared = {"decay": args.decay, "smoothing": args.smoothing, "distil": args.distil}
+    return Budget(args.epochs, args.batch, args.rate, **shared)
 
 
 def run_training(entries: list[dict[str, Any]], folder: Path, args: argparse.Namespace, say: Any) -> None:
@@ -96,7 +116,7 @@ def run_training(entries: list[dict[str, Any]], folder: Path, args: argparse.Nam
         pixels, labels = images(archive, split, count // 10, args.cache)
         data[split] = (pixels.to(args.device), labels.to(args.device))
     say(f"images on {args.device} after {time.monotonic() - started:.0f} s")
-    budget = Budget(args.epochs, args.batch, args.rate, decay=args.decay, smoothing=args.smoothing)
+    budget = budget_of(args)
     if args.auto and args.device == "cuda":
 
         def build(half: bool, nhwc: bool) -> list[Trainee]:
@@ -113,13 +133,15 @@ def run_training(entries: list[dict[str, Any]], folder: Path, args: argparse.Nam
         say(f"{name}: {100 * share:.2f} % before fine-tuning")
     minutes = args.minutes - (time.monotonic() - started) / 60
     agree = (lambda n: _agree(n, args)) if args.part else (lambda n: n)
-    epochs, curves = train(trainees, data, budget, args.seed, minutes, say, agree)
+    teacher = teacher_of(args, budget)
+    epochs, curves = train(trainees, data, budget, args.seed, minutes, say, agree, teacher)
     rows = [
         {**e, "before": before[e["name"]], "after": curves[e["name"]][-1], "curve": curves[e["name"]]} for e in entries
     ]
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.processor()}"
     facts = {"torch": torch.__version__, "device": gpu, "epochs": epochs, "asked": args.epochs, "seed": args.seed}
     facts |= {"batch": args.batch, "rate": args.rate, "decay": args.decay, "smoothing": args.smoothing}
+    facts |= {"rates": {t.name: t.peak for t in trainees}, "distil": args.distil}
     facts |= {"bf16": args.half, "seconds": round(time.monotonic() - started), "train images": args.train_images}
     facts |= {"test images": args.test_images}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +165,46 @@ def _agree(epochs: int, args: argparse.Namespace) -> int:
     raise SystemExit("another process of this run did not start")
 
 
+RATES = (0.003, 0.01, 0.03)
+HELD_OUT = 2000
+CLOSE = 0.007
+"""A standard error of an accuracy on HELD_OUT images: of rates this close to the best one the largest is taken, since
+the training proper is longer than the search, and longer trainings bear larger rates."""
+
+
+def search(args: argparse.Namespace) -> None:
+    """The peak rate of each setting: every one of RATES for a few steps, judged on held-out training images.
+
+    Writes ``rates.json`` ({setting: rate}), which ``train --rates`` takes, and prints all that was seen. The same
+    batches and number of steps for all; the last HELD_OUT training images are not trained on here (the base itself,
+    common to all, was).
+    """
+    entries = json.loads((args.folder / "index.json").read_text())
+    entries = [e for e in entries if "failed" not in e and e["name"] in args.only]
+    pixels, labels = (t.to(args.device) for t in images(data_folder(args.data) / ARCHIVE, "train", None, args.cache))
+    data = {"train": (pixels[:-HELD_OUT], labels[:-HELD_OUT]), "test": (pixels[-HELD_OUT:], labels[-HELD_OUT:])}
+    args.epochs = args.steps * args.batch / len(data["train"][0])
+    budget = budget_of(args)
+    trainees = []
+    for rate in RATES:
+        args.peaks = {e["setting"]: rate for e in entries}
+        for t in trainees_of(entries, args.folder, budget, args):
+            t.name = f"{t.name} {rate:g}"
+            trainees.append(t)
+    say = lambda text: print(text, flush=True)  # noqa: E731
+    _, curves = train(trainees, data, budget, args.seed, float("inf"), say, teacher=teacher_of(args, budget))
+    found: dict[str, float] = {}
+    for e in entries:
+        scores = {rate: curves[f"{e['name']} {rate:g}"][-1] for rate in RATES}
+        found[e["setting"]] = max(rate for rate, score in scores.items() if score >= max(scores.values()) - CLOSE)
+        shown = ", ".join(f"{rate:g}: {100 * score:.2f} %" for rate, score in scores.items())
+        say(f"{e['name']}: {shown}; taken: {found[e['setting']]:g}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "rates.json").write_text(json.dumps(found, indent=1))
+
+
 def train_command(args: argparse.Namespace) -> None:
+    args.peaks = json.loads(args.rates.read_text()) if args.rates else {}
     entries = json.loads((args.folder / "index.json").read_text())
     runnable = [e for e in entries if "failed" not in e and (not args.only or e["name"] in args.only)]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -166,7 +227,7 @@ def train_command(args: argparse.Namespace) -> None:
 
 def base_command(args: argparse.Namespace) -> None:
     """Fine-tune the common base further; ``base.pt`` in --out is what ``prune --base`` takes."""
-    args.part, args.jobs, args.save = 0, 1, True
+    args.part, args.jobs, args.save, args.peaks, args.distil = 0, 1, True, {}, 0.0
     folder = args.out / "start"
     folder.mkdir(parents=True, exist_ok=True)
     model = load_base(args)
@@ -214,13 +275,14 @@ def main() -> None:
     training = argparse.ArgumentParser(add_help=False)
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    training.add_argument("--epochs", type=int, default=40)
+    training.add_argument("--epochs", type=float, default=40, help="below 1: that share of one epoch's steps")
     training.add_argument("--minutes", type=float, default=60, help="fewer epochs are planned where these would not do")
     training.add_argument("--batch", type=int, default=128)
     training.add_argument("--rate", type=float, default=0.05)
     training.add_argument("--decay", type=float, default=5e-4)
     training.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
-    training.add_argument("--half", action="store_true", help="bfloat16 autocast (cuda)")
+    training.add_argument("--distil", type=float, default=0.0, help="weight of the base's soft answers in the loss")
+    training.add_argument("--half", action="store_true", help="bfloat16 autocast")
     training.add_argument("--nhwc", action="store_true", help="channels-last memory layout")
     training.add_argument("--auto", action="store_true", help="time layouts and precisions first, take the fastest")
     training.add_argument("--save", action="store_true", help="write the trained weights as well")
@@ -239,7 +301,13 @@ def main() -> None:
     p.add_argument("--only", nargs="+", help="names of models (default: all)")
     p.add_argument("--jobs", type=int, default=1, help="processes that share the models (1: all in lockstep)")
     p.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
+    p.add_argument("--rates", type=Path, help="peak rates by setting, as search writes them (default: --rate for all)")
     p.set_defaults(run=train_command)
+    p = commands.add_parser("search", parents=[shared, training])
+    p.add_argument("folder", type=Path, help="what prune wrote")
+    p.add_argument("--only", nargs="+", required=True, help="names of models: one of every setting")
+    p.add_argument("--steps", type=int, default=60, help="batches that each rate is tried for")
+    p.set_defaults(run=search)
     p = commands.add_parser("table")
     p.add_argument("folder", type=Path)
     p.set_defaults(run=table)

@@ -25,6 +25,7 @@ from torch import nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ARCHIVE = "cifar10-jpeg.tar.xz"
+TEMPERATURE = 4.0
 Say = Callable[[str], None]
 
 
@@ -32,7 +33,7 @@ Say = Callable[[str], None]
 class Budget:
     """What every network gets: SGD with Nesterov momentum, linear warm-up and cosine, no choice by test accuracy."""
 
-    epochs: int
+    epochs: float
     batch: int = 128
     rate: float = 0.05
     momentum: float = 0.9
@@ -40,11 +41,14 @@ class Budget:
     clip: float = 1.0
     warm: float = 0.1
     smoothing: float = 0.0
+    distil: float = 0.0
+    """Weight of the teacher's soft answers (the unpruned base, temperature 4) beside the labels."""
 
-    def rate_at(self, share: float) -> float:
+    def shape_at(self, share: float) -> float:
+        """The schedule, 1 at its peak: each network multiplies it by its own rate."""
         if share < self.warm:
-            return self.rate * max(share, 1e-3) / self.warm
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (share - self.warm) / (1 - self.warm)))
+            return max(share, 1e-3) / self.warm
+        return 0.5 * (1 + math.cos(math.pi * (share - self.warm) / (1 - self.warm)))
 
 
 def images(archive: Path, split: str, per_class: int | None = None, cache: Path | None = None) -> tuple[Any, Any]:
@@ -109,9 +113,20 @@ class Epochs:
 
 
 class Trainee:
-    """One network in training: eager on a CPU, a replayed CUDA graph on a GPU."""
+    """One network in training: eager on a CPU, a replayed CUDA graph on a GPU. ``peak``: its own rate, else the
+    budget's."""
 
-    def __init__(self, name: str, model: nn.Module, budget: Budget, device: str, half: bool, nhwc: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        budget: Budget,
+        device: str,
+        half: bool,
+        nhwc: bool,
+        peak: float | None = None,
+    ) -> None:
+        self.peak = budget.rate if peak is None else peak
         layout = torch.channels_last if nhwc else torch.contiguous_format
         self.name, self.budget, self.half, self.layout, self.device = name, budget, half, layout, device
         self.model = model.to(device).to(memory_format=layout)
@@ -120,6 +135,7 @@ class Trainee:
         self.rate = torch.zeros((), device=device)
         self.pixels = torch.zeros(budget.batch, 32, 32, 3, dtype=torch.uint8, device=device)
         self.labels = torch.zeros(budget.batch, dtype=torch.int64, device=device)
+        self.taught = torch.zeros(budget.batch, 10, device=device)
         self.loss = torch.zeros((), device=device)
         self.graph: Any = None
         self.stream = torch.cuda.Stream() if device == "cuda" else None
@@ -128,9 +144,13 @@ class Trainee:
         """One step on ``pixels`` and ``labels``: the update of torch.optim.SGD(nesterov=True), capturable."""
         b = self.budget
         x = normalized(self.pixels).contiguous(memory_format=self.layout)
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if self.half else nullcontext():
+        with torch.autocast(self.device, torch.bfloat16, cache_enabled=False) if self.half else nullcontext():
             out = self.model(x)
         loss = F.cross_entropy(out.float(), self.labels, label_smoothing=b.smoothing)
+        if b.distil:
+            wanted = F.log_softmax(self.taught / TEMPERATURE, 1)
+            soft = F.kl_div(F.log_softmax(out.float() / TEMPERATURE, 1), wanted, reduction="batchmean", log_target=True)
+            loss = (1 - b.distil) * loss + b.distil * TEMPERATURE**2 * soft
         with torch.no_grad():
             grads = list(torch.autograd.grad(loss, self.parameters))
             if b.clip:
@@ -167,18 +187,28 @@ class Trainee:
             m.zero_()
         torch.cuda.synchronize()
 
-    def step(self, pixels: torch.Tensor, labels: torch.Tensor, rate: torch.Tensor) -> None:
-        """One batch; on a GPU it is only queued on this network's stream."""
+    def step(
+        self, pixels: torch.Tensor, labels: torch.Tensor, shape: torch.Tensor, taught: torch.Tensor | None = None
+    ) -> None:
+        """One batch at ``shape`` of the peak rate; on a GPU it is only queued on this network's stream."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             self.pixels.copy_(pixels)
             self.labels.copy_(labels)
-            self.rate.copy_(rate)
+            self.rate.copy_(shape * self.peak)
+            if taught is not None:
+                self.taught.copy_(taught)
             if self.graph is not None:
                 self.graph.replay()
             else:
                 self._compute()
+
+    @torch.no_grad()
+    def answers(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch in eval mode, [N, 10] float32: what a teacher says."""
+        with torch.autocast(self.device, torch.bfloat16, cache_enabled=False) if self.half else nullcontext():
+            return self.model.eval()(normalized(pixels).contiguous(memory_format=self.layout)).float()
 
     @torch.no_grad()
     def accuracy(self, pixels: torch.Tensor, labels: torch.Tensor, batch: int = 1000) -> float:
@@ -200,11 +230,13 @@ def train(
     minutes: float,
     say: Say,
     agree: Callable[[int], int] = lambda epochs: epochs,
-) -> tuple[int, dict[str, list[float]]]:
+    teacher: Trainee | None = None,
+) -> tuple[float, dict[str, list[float]]]:
     """Train all for the same epochs; fewer than asked where the time would not do, planned before the first.
 
-    ``agree`` makes several processes settle on one number of epochs. Returns that number and each network's test
-    accuracy after every fifth of the epochs (the last entry counts; none is chosen).
+    ``agree`` makes several processes settle on one number of epochs; where not even one fits, or the epochs asked are
+    no whole number (0.3), it is that share of one epoch's steps. Returns that number and each network's test accuracy
+    after every fifth of the epochs (the last entry counts; none is chosen).
     """
     started = time.monotonic()
     source = Epochs(*data["train"], budget.batch, seed)
@@ -213,15 +245,21 @@ def train(
         t.model.train()
         if cuda:
             t.capture(say)
-    epochs = agree(_affordable(trainees, source, budget, started, minutes, say))
-    total, curves = epochs * source.steps, {t.name: [] for t in trainees}  # type: ignore[var-annotated]
-    rates = torch.tensor([budget.rate_at(i / total) for i in range(total)], device=trainees[0].device)
+    affordable = _affordable(trainees, source, budget, started, minutes, say, teacher)
+    epochs = agree(int(affordable)) if affordable >= 1 else 1
+    steps = source.steps if affordable >= 1 else max(int(affordable * source.steps), 1)
+    total, curves = epochs * steps, {t.name: [] for t in trainees}  # type: ignore[var-annotated]
+    shapes = torch.tensor([budget.shape_at(i / total) for i in range(total)], device=trainees[0].device)
     marks = {max(round(epochs * k / 5), 1) for k in range(1, 6)}
     for epoch in range(epochs):
         pixels, labels = source.epoch()
-        for i in range(source.steps):
+        for i in range(steps):
+            taught = None if teacher is None else teacher.answers(pixels[i])
             for t in trainees:
-                t.step(pixels[i], labels[i], rates[epoch * source.steps + i])
+                t.step(pixels[i], labels[i], shapes[epoch * steps + i], taught)
+            if not cuda and (i + 1) % 50 == 0:
+                losses = " ".join(f"{t.loss.item():.2f}" for t in trainees)
+                say(f"step {i + 1}/{steps} {time.monotonic() - started:.0f} s loss {losses}")
         if cuda:
             torch.cuda.synchronize()
         if epoch + 1 in marks:
@@ -230,11 +268,14 @@ def train(
         losses = " ".join(f"{t.loss.item():.2f}" for t in trainees)
         now = " ".join(f"{100 * c[-1]:.2f}" for c in curves.values() if c) if epoch + 1 in marks else ""
         say(f"epoch {epoch + 1}/{epochs} {time.monotonic() - started:.0f} s loss {losses} {now and 'test ' + now}")
-    return epochs, curves
+    return epochs * steps / source.steps, curves
 
 
-def _affordable(ts: list[Trainee], source: Epochs, b: Budget, started: float, minutes: float, say: Say) -> int:
-    """Epochs that fit into ``minutes``, from timed steps on blank images with rate 0 and everything put back."""
+def _affordable(
+    ts: list[Trainee], source: Epochs, b: Budget, started: float, minutes: float, say: Say, teacher: Trainee | None
+) -> float:
+    """Epochs that fit into ``minutes`` (below 1 a share), from timed steps on blank images with rate 0 and everything
+    put back."""
     saved = [({k: v.clone() for k, v in t.model.state_dict().items()}, [m.clone() for m in t.momenta]) for t in ts]
     blank = torch.zeros_like(ts[0].pixels), torch.zeros_like(ts[0].labels), torch.zeros_like(ts[0].rate)
     count = 50 if ts[0].device == "cuda" else 2
@@ -243,6 +284,8 @@ def _affordable(ts: list[Trainee], source: Epochs, b: Budget, started: float, mi
         if i == 3:
             _wait(ts)
             begin = time.monotonic()
+        if teacher is not None:
+            teacher.answers(blank[0])
         for t in ts:
             t.step(*blank)
     _wait(ts)
@@ -252,9 +295,11 @@ def _affordable(ts: list[Trainee], source: Epochs, b: Budget, started: float, mi
         for m, old in zip(t.momenta, momenta, strict=True):
             m.copy_(old)
     left = minutes * 60 - (time.monotonic() - started)
-    fits = int(left / (each * source.steps * 1.1 + 0.05))
-    say(f"{1000 * each:.2f} ms a step for {len(ts)} networks, {each * source.steps:.1f} s an epoch: {fits} epochs fit")
-    return max(min(b.epochs, fits), 1)
+    fits = left / (each * source.steps * 1.1 + 0.05)
+    epoch = each * source.steps
+    say(f"{1000 * each:.2f} ms a step for {len(ts)} networks, {epoch:.1f} s an epoch: {fits:.2f} epochs fit")
+    chosen = min(b.epochs, fits)
+    return float(int(chosen)) if chosen >= 1 else chosen
 
 
 def fastest(build: Callable[[bool, bool], list[Trainee]], say: Say) -> tuple[bool, bool]:

@@ -175,7 +175,7 @@ class Chooser:
         cut = {g: k for g, k in kept.items() if len(k) < g.size and g in self.free}
         facts: dict[str, Any] = {
             "samples": self.outputs.samples,
-            "made_up_inputs": self.evidence.batches is None and self.evidence.data is None,
+            "made_up_inputs": all(d is None for d in (self.prune.calibration, self.prune.data, self.ctx.calibration)),
             "levels": sum(len(c) for c in self.layerwise.ladder.counts),
             "summed": self.layerwise.summed(counts_of(cut)),
             "joint": self._distortion(kept),

@@ -15,6 +15,7 @@ from ...graph.quantized import dequantizer
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass, nearest
 from ..plan import remember
 from ..targets import Target
+from .automatic import inputs_without_data, settled
 from .candidates import candidates
 from .choose import Chooser
 from .evidence import Evidence
@@ -25,8 +26,8 @@ from .select import Kept, Normalizer
 
 
 def _known(criterion: Any) -> Any:
-    if isinstance(criterion, str) and criterion not in NAMES:
-        near = nearest(criterion, NAMES)
+    if isinstance(criterion, str) and criterion not in (*NAMES, "auto"):
+        near = nearest(criterion, (*NAMES, "auto"))
         raise ValueError(f"unknown criterion {criterion!r}" + (f": did you mean {near!r}?" if near else ""))
     return criterion
 
@@ -52,9 +53,12 @@ class Prune(Pass):
     """By weights: "l1", "l2", "linf", "lamp", "fpgm" (distance to the others), "cosine" (distance to the nearest copy),
     "norm_scale" (gains of normalizations), "spectral", "random"; by activations: "wanda", "activation", "apoz"; by
     gradients: "taylor", "taylor_elements", "fisher", "obd", "obd_kfac", "hessian", "lora", "lora_elements"; or a
-    callable (group, groups[, evidence]) -> one score per index."""
+    callable (group, groups[, evidence]) -> one score per index. "auto" (like scope "auto"): what lost least accuracy
+    with what is at hand, l2 and "layerwise" with data, "fisher" and "global" on made-up inputs without."""
     calibration: Any = None
-    """Batches of model inputs for criteria that look at activations (those of the run, if None)."""
+    """Batches of model inputs for criteria that look at activations (those of the run, if None). Where there are
+    neither these nor ``data``, and batch norms store statistics, what needs inputs gets images made up from them
+    (``synthetic_inputs``; takes seconds)."""
     data: Any = None
     """Pairs (batch of model inputs, target) for criteria that take gradients of ``loss``."""
     loss: str | Callable[..., Any] = "cross_entropy"
@@ -67,7 +71,7 @@ class Prune(Pass):
     """Share of each prunable axis that goes (scope "uniform"), or of all indices (scope "global"); in (0, 1)."""
     target: Target | None = None
     """What is to remain instead: macs(0.5), params(0.5), bytes(1e6), or latency(0.6) measured on ``backend``."""
-    scope: Literal["uniform", "global", "isomorphic", "layerwise"] = "uniform"
+    scope: Literal["uniform", "global", "isomorphic", "layerwise", "auto"] = "uniform"
     """"uniform": every group loses the same share; "global": all indices are ranked together; "isomorphic": indices
     are ranked together with those of groups of the same structure; "layerwise": the output's distortion is measured
     at several levels of every group alone, and a knapsack finds the levels of least total distortion ("Efficient Joint
@@ -141,19 +145,22 @@ class Prune(Pass):
 
     def selects_only(self) -> bool:
         """True where the choice is made by weights and shapes alone."""
-        weights_only = isinstance(self.criterion, str) and needs_of(self.criterion) is Needs.NOTHING
-        counted = self.scope != "layerwise" and (self.target is None or self.target.metric != "latency")
+        named = isinstance(self.criterion, str) and self.criterion != "auto"
+        weights_only = named and needs_of(self.criterion) is Needs.NOTHING
+        counted = self.scope not in ("layerwise", "auto") and (self.target is None or self.target.metric != "latency")
         return weights_only and counted and self.data is None and self.calibration is None
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         if isinstance(self.round_to, str):
             return self._rounded(ctx).apply(graph, ctx)
+        if "auto" in (self.criterion, self.scope):
+            return settled(self, graph, ctx).apply(graph, ctx)
         separated = graph.separate_shared()
         groups = axis_groups(graph)
         decisions: list[Decision] = []
         chosen = candidates(groups, self.ignore, self.atoms, decisions, self.ignore_types)
         self._check_floating(chosen)
-        evidence = self._evidence(groups, ctx)
+        evidence = self._evidence(groups, ctx, decisions)
         scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction, evidence)
         decisions += [
             Decision(g.name, "kept", f"{self._criterion_name()} finds nothing to judge it by", {"size": g.size})
@@ -216,8 +223,10 @@ class Prune(Pass):
                     hint="prune before quantizing, or take a criterion that looks at weights only (l2, l1, fpgm)",
                 )
 
-    def _evidence(self, groups: AxisGroups, ctx: Context) -> Evidence:
+    def _evidence(self, groups: AxisGroups, ctx: Context, decisions: list[Decision] | None = None) -> Evidence:
         batches = ctx.calibration if self.calibration is None else self.calibration
+        if batches is None and self.data is None:
+            batches = inputs_without_data(self, groups.graph, ctx, decisions)
         return Evidence(groups, batches, self.data, self.loss, ctx.seed, ctx.progress)
 
     def _criterion_name(self) -> str:

@@ -19,6 +19,7 @@ from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from ..finetune import FineTune
 from ..plan import as_data, compose, remember
 from ..targets import Target
+from .automatic import settled
 from .candidates import candidates
 from .importance import importance
 from .oracle import identity_check
@@ -152,6 +153,7 @@ class _Run:
 
     def __init__(self, prune: Prune, graph: Graph, ctx: Context) -> None:
         # Every step reads the data anew: what can be read only once is kept.
+        prune = settled(prune, graph, ctx)
         self.prune = prune.model_copy(update={"data": _again(prune.data), "calibration": _again(prune.calibration)})
         self.graph, self.ctx = graph, replace(ctx, calibration=_again(ctx.calibration))
         self.original = graph.clone()
