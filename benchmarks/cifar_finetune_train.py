@@ -245,7 +245,9 @@ def train(
         t.model.train()
         if cuda:
             t.capture(say)
-    affordable = _affordable(trainees, source, budget, started, minutes, say, teacher)
+    affordable = budget.epochs
+    if math.isfinite(minutes):
+        affordable = _affordable(trainees, source, budget, started, minutes, say, teacher)
     epochs = agree(int(affordable)) if affordable >= 1 else 1
     steps = source.steps if affordable >= 1 else max(int(affordable * source.steps), 1)
     total, curves = epochs * steps, {t.name: [] for t in trainees}  # type: ignore[var-annotated]
