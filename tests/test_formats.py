@@ -192,6 +192,48 @@ def test_a_searched_scale_is_never_worse() -> None:
         assert (errors[1] <= errors[0] * (1 + 1e-6)).all() and errors[1].sum() < 0.97 * errors[0].sum()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_range_that_clips_loses_gain_and_gets_it_back(symmetric: bool) -> None:
+    w = np.random.default_rng(0).standard_normal((32, 128)).astype(np.float32)
+
+    def gains(q: np.ndarray) -> np.ndarray:
+        return np.asarray((w * q).reshape(32, -1, 64).sum(2) / np.square(w).reshape(32, -1, 64).sum(2))
+
+    lossy, kept = (
+        Integers(bits=2, block=64, symmetric=symmetric, search=True, gain=g).fit(w).decode() for g in (False, True)
+    )
+    assert gains(lossy).mean() < 0.92 and np.abs(gains(kept) - 1).max() < 1e-5
+    plain = Integers(bits=2, block=64, symmetric=symmetric).fit(w).decode()
+    assert np.square(kept - w).sum() < np.square(plain - w).sum()  # and it still is the better estimate
+
+
+def test_ranges_are_searched_by_the_outputs_where_the_inputs_are_known() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((400, 6)) @ rng.standard_normal((6, 96)) + rng.standard_normal((400, 96)) * 0.1 + 0.5
+    w = rng.standard_normal((24, 96)).astype(np.float32)
+    gram = x.T @ x
+
+    def errors(q: np.ndarray) -> np.ndarray:
+        return np.stack([np.square(x[:, k : k + 32] @ (q - w)[:, k : k + 32].T).sum(0) for k in (0, 32, 64)], 1)
+
+    fmt = Integers(bits=3, block=32, search=True)
+    plain, by_weight, by_power, by_output = (
+        errors(e.decode())
+        for e in (
+            Integers(bits=3, block=32).fit(w),
+            fmt.fit(w),
+            fmt.fit(w, importance=np.diag(gram)),
+            fmt.fit(w, 0, gram),
+        )
+    )
+    assert (by_output <= plain * (1 + 1e-6)).all()
+    assert by_output.sum() < 0.8 * min(by_weight.sum(), by_power.sum())
+    with pytest.raises(ConstraintError, match="Gram matrix"):
+        fmt.fit(w, importance=gram[:5, :5])
+    with pytest.raises(ConfigError, match="gain"):
+        format_of("mxfp4", gain=True)
+
+
 # ---- power exponents --------------------------------------------------------------------------------------------
 def test_exponent_one_is_uniform_quantization_bit_for_bit() -> None:
     from foldline.passes.quantize.numerics import weight_params

@@ -205,6 +205,40 @@ def test_clipping_lowers_the_error_of_rounded_weights_and_is_approximate() -> No
     assert P.AwqScale(clip=True).promise() is Contract.APPROXIMATE
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_searches_see_the_rounding_that_the_weights_will_get(bits: int, symmetric: bool) -> None:
+    from foldline.passes.quantize.formats import format_of
+    from foldline.passes.transform.grids import formats_of
+
+    w = np.random.default_rng(0).standard_normal((8, 96)).astype(np.float32) + 0.2
+    stored = format_of("int", bits=bits, block=32, symmetric=symmetric).fit(w).decode()
+    simulated = formats_of(Context(), None, bits, 16, 32, symmetric=symmetric)
+    assert simulated.activation is None and np.allclose(simulated.weights(w), stored, atol=1e-6)
+
+
+def test_clipping_never_errs_more_in_a_block_and_keeps_the_gain() -> None:
+    from foldline.passes.quantize.formats import format_of
+    from foldline.passes.transform.awq import best_clip
+    from foldline.passes.transform.grids import formats_of
+
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((16, 128)).astype(np.float32)
+    x = (rng.standard_normal((300, 8)) @ rng.standard_normal((8, 128))).astype(np.float32)
+    formats = formats_of(Context(), None, 2, 16, 64, symmetric=False)
+    stored = {"plain": format_of("int", bits=2, block=64).fit(w).decode()}
+    for gain in (False, True):
+        cut, _ = best_clip(x, w, formats, 0.5, 64, gain=gain)
+        stored[str(gain)] = format_of("int", bits=2, block=64).fit(cut).decode()
+    for k in (0, 64):
+        part, wanted = x[:, k : k + 64], x[:, k : k + 64] @ w[:, k : k + 64].T
+        made = {name: part @ q[:, k : k + 64].T for name, q in stored.items()}
+        error = {name: np.square(m - wanted).sum(0) for name, m in made.items()}
+        assert (error["False"] <= error["plain"] * 1.001).all() and (error["True"] <= error["plain"] * 1.001).all()
+        shares = {name: float((m * wanted).sum() / np.square(wanted).sum()) for name, m in made.items()}
+        assert shares["False"] < 0.98 < 0.99 < shares["True"] < 1.01
+
+
 # ---- parts -------------------------------------------------------------------------------------------------------
 def test_rows_do_not_depend_on_order_and_shards_merge() -> None:
     rng = np.random.default_rng(0)

@@ -48,10 +48,10 @@ class WeightOnly(Pass):
     symmetric: bool = False
     """Integers without zero points."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the format: ``search``, ``scale``, ``powers``, ``step``, ``scaled``, ``exponent``."""
+    """Further options of the format: ``search``, ``gain``, ``scale``, ``powers``, ``step``, ``scaled``, ``exponent``."""
     method: Literal["rtn", "weighted", "gptq"] = "rtn"
-    """Nearest codes; the same with ranges and codebooks chosen for what the inputs weigh (format power: one exponent
-    for the model, by its outputs); or GPTQ."""
+    """Nearest codes; the same with ranges (``search``) chosen by the outputs of each block and codebooks for what the
+    inputs weigh (format power: one exponent for the model, by its outputs); or GPTQ."""
     calibration: Any = Field(default=None, exclude=True, repr=False)
     """Batches of typical inputs, for every method but rtn; the run's own when absent."""
     damping: float = Field(default=0.01, gt=0)
@@ -154,7 +154,8 @@ class WeightOnly(Pass):
             if gram is None:
                 return fmt.fit(weight, site.axis)
             if self.method == "weighted":
-                return fmt.fit(weight, site.axis, np.einsum("ii->i", gram))
+                whole = getattr(fmt, "takes_gram", False)
+                return fmt.fit(weight, site.axis, gram if whole else np.einsum("ii->i", gram))
             return compensated(fmt, weight, site.axis, gram, damping=self.damping)  # type: ignore[no-any-return]
 
         return encode

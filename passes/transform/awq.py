@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ...graph.ir import Graph
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
+from ..quantize.formats.cost import Cost
 from .boundary import environment, find_boundaries
 from .common import Scaler, Site, pooled, sites_of
 from .grids import Formats, formats_of, layer_error
@@ -22,8 +23,9 @@ class AwqScale(Pass):
     Compression and Acceleration`` takes ``s = mean|x|^a`` with ``a`` from a grid, by the error of the rounded layer's
     output; here also ``mean|x|^a / max|W|^b``. Exact up to float rounding.
 
-    ``clip`` also searches, for every output channel and block, how far the weights are cut off before rounding; that
-    changes the function (approximate).
+    ``clip`` also searches, for every output channel and block, how far the weights are cut off before rounding, by the
+    error of the block's part of the output on the calibration rows; that changes the function (approximate). Errors are
+    those of the format that ``bits``, ``block`` and ``symmetric`` describe: give the same to the pass that rounds.
     """
 
     name: ClassVar[str] = "awq_scale"
@@ -35,6 +37,8 @@ class AwqScale(Pass):
     """Width of the weights."""
     block: int = Field(0, ge=0)
     """Input channels that share a weight scale; 0: one scale per output channel."""
+    symmetric: bool = False
+    """Weights will be rounded without zero points."""
     grid: int = Field(20, ge=1)
     """Steps of the search over the exponent of the activations."""
     weight_exponents: list[float] = Field(default_factory=lambda: [0.0, 0.5], min_length=1)
@@ -43,6 +47,8 @@ class AwqScale(Pass):
     """Search cut-offs of the weights too."""
     clip_least: float = Field(0.5, gt=0, le=1)
     """Smallest cut-off tried, as a share of the largest magnitude."""
+    clip_gain: bool = True
+    """Scale what was cut off so that the rounded weights' outputs keep their gain: a cut alone makes them smaller."""
     insert: bool = False
     """Insert a product where nothing before a layer absorbs the factors."""
     rows: int = Field(512, ge=16)
@@ -56,7 +62,7 @@ class AwqScale(Pass):
         return Contract.APPROXIMATE if self.clip else Contract.EXACT
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        formats = formats_of(ctx, None, self.bits, 16, self.block)
+        formats = formats_of(ctx, None, self.bits, 16, self.block, symmetric=self.symmetric)
         scaler = Scaler(graph, environment(graph, ctx))
         sites = sites_of(find_boundaries(graph), self.ignore)
         places = {site.boundary.name: site.boundary.axis for site in sites}
@@ -124,7 +130,9 @@ class AwqScale(Pass):
             weight = None if node.input(1) is None else node.inputs[1].weight  # type: ignore[union-attr]
             if weight is None or len(weight.shape) != 2:
                 continue
-            cut, share = best_clip(x, matrix.astype(np.float32), formats, self.clip_least, self.block)
+            cut, share = best_clip(
+                x, matrix.astype(np.float32), formats, self.clip_least, self.block, gain=self.clip_gain
+            )
             graph.set_weight(
                 weight, np.ascontiguousarray(cut if weight.shape == cut.shape and not _turned(node) else cut.T)
             )
@@ -138,11 +146,22 @@ def _turned(node: Any) -> bool:
 
 
 def best_clip(
-    x: np.ndarray, matrix: np.ndarray, formats: Formats, least: float, block: int, steps: int = 10
+    x: np.ndarray,
+    matrix: np.ndarray,
+    formats: Formats,
+    least: float,
+    block: int,
+    steps: int = 10,
+    *,
+    gain: bool = False,
 ) -> tuple[np.ndarray, float]:
     """The weight [out, in] cut at the best share of each (output channel, block)'s range, and the mean share.
 
-    Errors are measured on the partial outputs of a block, ``x_block @ (Q(W) - W)_block``.
+    Errors are measured on the partial outputs of a block, ``x_block @ (Q(W) - W)_block``; no cut is one of the
+    candidates, so that no block errs more than without.
+
+    Args:
+        gain: multiply each candidate so that the rounded block's outputs have no error along the block's own.
     """
     out, size = matrix.shape
     width = block or size
@@ -150,13 +169,19 @@ def best_clip(
     cut, shares = matrix.copy(), []
     for start in starts:
         part, rows = matrix[:, start : start + width], x[:, start : start + width]
-        gram = rows.T @ rows
-        best, chosen, error = part.copy(), np.ones(out), np.full(out, np.inf)
+        cost = Cost.of(rows.astype(np.float64).T @ rows, part.shape[1], 0)
+        first = formats.weights(part) - part
+        best, chosen, error = part.copy(), np.ones(out), cost.inner(first, first)[:, 0]
         for share in np.linspace(1.0, least, steps, endpoint=True):
             limit = np.abs(part).max(1, keepdims=True) * np.float32(share)
             clipped = np.clip(part, -limit, limit)
-            off = formats.weights(clipped) - part
-            now = np.einsum("oi,oi->o", off @ gram, off)
+            made = formats.weights(clipped)
+            if gain:
+                factors = cost.gain(made, part).astype(np.float32)
+                clipped = clipped * factors
+                made = formats.weights(clipped)  # not ``made * factors``: a zero point may lie on a tie
+            off = made - part
+            now = cost.inner(off, off)[:, 0]
             better = now < error
             best[better], chosen[better], error[better] = clipped[better], share, now[better]
         cut[:, start : start + width] = best

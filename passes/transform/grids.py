@@ -35,7 +35,14 @@ class Formats:
 
 
 def formats_of(
-    ctx: Context, target: str | None, weight_bits: int | None, activation_bits: int | None, block: int = 0
+    ctx: Context,
+    target: str | None,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    block: int = 0,
+    *,
+    symmetric: bool | None = None,
+    per_token: bool = False,
 ) -> Formats:
     """The formats of a target, or those of the given widths where no target is named.
 
@@ -43,6 +50,8 @@ def formats_of(
         target: a backend; its spec's formats for activations and weights.
         weight_bits, activation_bits: instead of the target's; 16 activation bits or more leave activations in float.
         block: input channels that share a weight scale (0: one scale per output channel).
+        symmetric: weights without zero points or with them; None: as the target has them, without if there is none.
+        per_token: activations get a range per row, found at run time, instead of one per tensor.
     """
     weight = TensorFormat("int8", True, "out_channel")
     activation: TensorFormat | None = TensorFormat("uint8")
@@ -54,6 +63,12 @@ def formats_of(
     if weight_bits is not None:
         most = 2 ** (weight_bits - 1)
         weight = TensorFormat("int8", True, "out_channel", range=(-most, most - 1) if weight_bits < 8 else None)
+    if symmetric is False:
+        low, high = weight.limits
+        weight = TensorFormat("uint8", False, weight.granularity, weight.block, (0, int(high - low)))
+    elif symmetric and not weight.symmetric:
+        half = int(weight.limits[1] - weight.limits[0] + 1) // 2
+        weight = TensorFormat("int8", True, weight.granularity, weight.block, (-half, half - 1))
     if block:
         weight = TensorFormat(weight.dtype, weight.symmetric, "block", block, weight.range)
     if activation_bits is not None and activation_bits >= 16:
@@ -63,7 +78,7 @@ def formats_of(
         half = 2 ** (activation_bits - 1)
         wide = (0, 2 * half - 1) if base.dtype == "uint8" else (-half, half - 1)
         activation = TensorFormat(base.dtype, base.symmetric, range=wide if activation_bits < 8 else None)
-    return Formats(weight, activation)
+    return Formats(weight, activation, per_token)
 
 
 def layer_error(reference: np.ndarray, rows: np.ndarray, matrices: list[np.ndarray]) -> float:
