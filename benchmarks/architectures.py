@@ -41,12 +41,15 @@ hf:qwen3 hf:gemma hf:phi hf:stablelm hf:t5 hf:bart hf:segformer hf:vit hf:swin h
 MODELS = [*VISION, *TEXT]
 
 
-def build(name: str) -> tuple[Any, Any]:
-    """(module in eval mode, example inputs: a tuple, or a dict of keyword arguments)."""
+def build(name: str, pixels: int | None = None) -> tuple[Any, Any]:
+    """(module in eval mode, example inputs: a tuple, or a dict of keyword arguments).
+
+    ``pixels`` is the side of the example images of timm and torchvision models, instead of the model's own.
+    """
     import torch
 
     torch.manual_seed(0)
-    model, inputs = _transformer(name[3:]) if name.startswith("hf:") else _vision(name)
+    model, inputs = _transformer(name[3:]) if name.startswith("hf:") else _vision(name, pixels)
     with torch.no_grad():
         for p in model.parameters():
             if p.numel() > 1 and bool((p == p.flatten()[0]).all()):
@@ -75,18 +78,23 @@ def output_of(model: Any, inputs: Any) -> Any:
     return next(x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
 
 
-def _vision(name: str) -> tuple[Any, Any]:
+def parameters_of(model: Any) -> int:
+    """How many numbers the parameters hold."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _vision(name: str, pixels: int | None) -> tuple[Any, Any]:
     import torch
     from support import timm_models
 
     if name.startswith("tv:"):
         options = {"init_weights": False} if name[3:] in ("googlenet", "inception_v3") else {}
         model = timm_models.torchvision_models().get_model(name[3:], weights=None, **options).eval()
-        size = 299 if name == "tv:inception_v3" else 224
+        channels, size = 3, 299 if name == "tv:inception_v3" else 224
     else:
         model = timm_models.create(name)
-        size = model.default_cfg["input_size"][-1]
-    return model, (torch.randn(2, 3, size, size),)
+        channels, _, size = model.default_cfg["input_size"]
+    return model, (torch.randn(2, channels, pixels or size, pixels or size),)
 
 
 _SIZES = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=192, vocab_size=200)

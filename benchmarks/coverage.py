@@ -1,12 +1,12 @@
 """Which architectures a generic prune call handles, beside torch-pruning: no per-model code, ratio 0.5, head kept.
 
-    OMP_NUM_THREADS=1 python benchmarks/coverage.py [--peer] [--onnx] [--timeout 120] [--json FILE] [MODEL ...]
+    OMP_NUM_THREADS=1 python benchmarks/coverage.py [--peer] [--timeout 120] [--json FILE] [MODEL ...]
 
 Each model and each side runs in a process of its own (10 GiB of address space). foldline: ``P.prune(model, x,
 ratio=0.5, verify=True)``; "error" is masked against sliced, relative to the largest output; then the pruned module is
-called and its output compared in shape. ``--onnx`` does the same with the file that torch.onnx.export writes, in ONNX
-Runtime. The peer: ``MagnitudePruner(pruning_ratio=0.5, ignored_layers=[head])`` and ``step()``, then one call. Models:
-``architectures.py``, random weights. Needs the extras timm, transformers, bench.
+called and its output compared in shape. The peer: ``MagnitudePruner(pruning_ratio=0.5, ignored_layers=[head])`` and
+``step()``, then one call. Models: ``architectures.py``, random weights; from their ONNX files: ``onnx_models.py``.
+Needs the extras timm, transformers, bench.
 """
 
 from __future__ import annotations
@@ -40,24 +40,6 @@ def ours(name: str) -> dict[str, Any]:
     }
 
 
-def onnx(name: str) -> dict[str, Any]:
-    import foldline as fl
-    from foldline import passes as P
-    from foldline.graph.execute import run_graph, synthesize_inputs
-    from support.frontends import exported
-
-    model, inputs = build(name)
-    graph = fl.load(exported(model, inputs))
-    before, shapes = fl.cost(graph).parameters, [v.hint for v in graph.outputs]
-    result = P.prune(graph, ratio=0.5, verify=True)
-    outputs, _ = run_graph(result.graph, synthesize_inputs(result.graph, 1))
-    assert [tuple(o.shape) for o in outputs] == shapes
-    return {
-        "share": fl.cost(result.graph).parameters / before,
-        "error": result.report.passes[0].details["identity"].get("relative_error"),
-    }
-
-
 def peer(name: str) -> dict[str, Any]:
     import torch_pruning as tp
 
@@ -72,7 +54,7 @@ def peer(name: str) -> dict[str, Any]:
     return {"share": count(model) / before}
 
 
-SIDES = {"ours": ours, "onnx": onnx, "peer": peer}
+SIDES = {"ours": ours, "peer": peer}
 
 
 def isolated(work: Callable[..., dict[str, Any]], *args: Any, limit: float) -> dict[str, Any]:
@@ -115,7 +97,6 @@ def described(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="store_true", help="run torch-pruning too")
-    parser.add_argument("--onnx", action="store_true", help="prune the exported ONNX file too")
     parser.add_argument("--timeout", type=float, default=120)
     parser.add_argument("--json", type=Path, help="append one line of JSON per model to this file")
     parser.add_argument("models", nargs="*", default=MODELS)
@@ -125,7 +106,7 @@ def main() -> None:
 
     timm_models.timm(), timm_models.transformers()  # imported before the forks
     torch.set_num_threads(1)
-    sides = ["ours", *(["onnx"] if args.onnx else []), *(["peer"] if args.peer else [])]
+    sides = ["ours", *(["peer"] if args.peer else [])]
     print("| model | foldline: left, error | comes back as |" + "".join(f" {s} |" for s in sides[1:]))
     print("|---|---|---|" + "---|" * (len(sides) - 1))
     good = dict.fromkeys(sides, 0)

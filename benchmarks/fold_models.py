@@ -1,13 +1,12 @@
-"""timm's model list at random weights: export, fold, compare. How many come out unchanged, how many nodes they lose.
+"""timm's model list at random weights as torch modules: fold, call, compare. The ONNX road: onnx_models.py.
 
-    OMP_NUM_THREADS=1 python benchmarks/fold_models.py [--minutes 30] [--front onnx fx] [--json FILE] [NAME ...]
+    OMP_NUM_THREADS=1 python benchmarks/fold_models.py [--minutes 30] [--json FILE] [NAME ...]
 
 Every architecture once: of the variants that one module of timm defines, those with the fewest parameters first (all
 of them come up if the time suffices), up to ``--parameters``. Batch-norm statistics, gains and layer scales are random,
-so that no branch is the identity or hidden behind a zero. ``onnx``: torch's exporter without its own optimizer, then
-``P.fold`` on the file, both run in ONNX Runtime with its graph optimizations off. ``fx``: ``P.fold`` on the module,
-both called in torch. The error is relative to the largest output; "wrong" is above 1e-4 or another shape or NaN where
-there was none. Each model runs in a process of its own. Needs the extras timm and bench.
+so that no branch is the identity or hidden behind a zero. ``P.fold`` on the module, then both are called in torch. The
+error is relative to the largest output; "wrong" is above 1e-4 or another shape or NaN where there was none. Each model
+runs in a process of its own. Needs the extras timm and bench.
 """
 
 from __future__ import annotations
@@ -50,10 +49,18 @@ def build(name: str) -> tuple[Any, Any]:
     """(module in eval mode with random statistics and gains, one image)."""
     import torch
     from support import timm_models
-    from torch import nn
 
     torch.manual_seed(0)
-    model = timm_models.create(name)
+    model = randomize(timm_models.create(name))
+    channels, height, width = model.default_cfg["input_size"]
+    return model.eval(), torch.randn(1, channels, height, width)
+
+
+def randomize(model: Any) -> Any:
+    """The same model with random statistics of batch norms, and constant parameters made random."""
+    import torch
+    from torch import nn
+
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
@@ -62,8 +69,7 @@ def build(name: str) -> tuple[Any, Any]:
         for p in model.parameters():
             if p.numel() > 1 and bool((p == p.flatten()[0]).all()):
                 p.add_(0.1 * torch.randn_like(p))
-    channels, height, width = model.default_cfg["input_size"]
-    return model.eval(), torch.randn(1, channels, height, width)
+    return model
 
 
 def worst(before: list[np.ndarray], after: list[np.ndarray]) -> float:
@@ -77,30 +83,6 @@ def worst(before: list[np.ndarray], after: list[np.ndarray]) -> float:
         good = np.isfinite(a)
         found = max(found, float(np.abs(a - b)[good].max(initial=0) / max(np.abs(a[good]).max(initial=0), 1e-30)))
     return found
-
-
-def fold_onnx(name: str) -> dict[str, Any]:
-    import onnxruntime as ort
-    import torch
-    from foldline import passes as P
-
-    model, image = build(name)
-    program = torch.onnx.export(model, (image,), dynamo=True, optimize=False, verbose=False)
-    assert program is not None
-    proto = program.model_proto
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-
-    def run(m: Any) -> list[np.ndarray]:
-        session = ort.InferenceSession(m.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found: list[np.ndarray] = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-        return found
-
-    start = time.process_time()
-    folded = P.fold(proto, verify=False).model
-    seconds = time.process_time() - start
-    before, after = len(proto.graph.node), len(folded.graph.node)
-    return {"nodes": [before, after], "error": worst(run(proto), run(folded)), "seconds": seconds}
 
 
 def fold_fx(name: str) -> dict[str, Any]:
@@ -126,14 +108,9 @@ def fold_fx(name: str) -> dict[str, Any]:
     }
 
 
-FRONTS = {"onnx": fold_onnx, "fx": fold_fx}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--front", nargs="+", default=["onnx"], choices=list(FRONTS))
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th model from the i-th on")
     parser.add_argument("--parameters", type=float, default=40e6, help="models above this size are left out")
     parser.add_argument("--timeout", type=float, default=240)
     parser.add_argument(
@@ -150,26 +127,21 @@ def main() -> None:
     done = set()
     if args.json and args.json.exists():
         done = {json.loads(line)["model"] for line in args.json.read_text().splitlines()}
-    index, count = map(int, args.shard.split("/"))
     listed = args.models or names(args.parameters)
-    chosen = [n for n in listed[index::count] if n not in done and not n.startswith("!")]
-    totals = {front: {"good": 0, "wrong": 0, "failed": 0} for front in args.front}
-    for name in chosen:
+    totals = {"good": 0, "wrong": 0, "failed": 0}
+    for name in (n for n in listed if n not in done and not n.startswith("!")):
         if time.monotonic() - start > 60 * args.minutes:
             break
-        found = {front: isolated(FRONTS[front], name, limit=args.timeout) for front in args.front}
-        for front, result in found.items():
-            bad = "failed" not in result and not result["error"] <= WRONG
-            totals[front]["failed" if "failed" in result else "wrong" if bad else "good"] += 1
-            told = result.get("failed") or f"{result['nodes'][0]} -> {result['nodes'][1]} nodes, {result['error']:.1e}"
-            print(f"{'WRONG ' if bad else ''}{name} ({front}): {told}", flush=True)
+        found = isolated(fold_fx, name, limit=args.timeout)
+        bad = "failed" not in found and not found["error"] <= WRONG
+        totals["failed" if "failed" in found else "wrong" if bad else "good"] += 1
+        told = found.get("failed") or f"{found['nodes'][0]} | {found['nodes'][1]} | {found['error']:.1e}"
+        print(f"| {'WRONG ' if bad else ''}{name} | {told} |", flush=True)
         if args.json:
             with args.json.open("a") as out:
-                out.write(json.dumps({"model": name, **found}) + "\n")
+                out.write(json.dumps({"model": name, "fx": found}) + "\n")
     unbuildable = [n for n in listed if n.startswith("!")]
-    print(
-        f"{len(listed)} listed, {len(unbuildable)} not buildable; " + "; ".join(f"{f}: {t}" for f, t in totals.items())
-    )
+    print(f"{len(listed)} listed, {len(unbuildable)} not buildable; {totals}")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,14 @@ def gather_elements(c: Native) -> Canon | None:
     return None if rank is None else Canon("gather_elements", (0, 1), {"axis": axis_of(c.attr("axis", 0), rank)})
 
 
+@rule("GatherND")
+def gather_nd(c: Native) -> Canon | None:
+    batch, where = c.attr("batch_dims", 0), c.static(1, -1)
+    if c.rank(0) is None or c.rank(1) is None or where is None:
+        return None
+    return Canon("gather_nd", (0, 1), {"axes": list(range(batch, batch + where)), "batch": batch})
+
+
 @rule("Pad")
 def pad(c: Native) -> Canon | None:
     rank = c.rank(0)

@@ -264,7 +264,11 @@ def _gather_nd(an: Analysis, node: Node) -> None:
     given = [v for v in indices if v is not None]
     for v in given:
         an.freeze(list(an.of(v)), "positions of an index tensor", node)
-    count = max(len(an.of(v)) for v in given)
+    batch = node.attrs.get("batch")
+    if batch:
+        an.freeze(spaces[:batch], "runs in step with an index tensor", node)
+    # One tensor of packed coordinates spends its last axis on them, and its first on the batch.
+    count = max(len(an.of(v)) for v in given) - (0 if batch is None else 1 + batch)
     passing = [i for i in range(len(spaces)) if i not in axes]
     # numpy puts the index axes where the indexed axes were if those stand together, in front otherwise.
     at = axes[0] if axes == list(range(axes[0], axes[0] + len(axes))) else 0

@@ -1,0 +1,63 @@
+"""Operators that exported files hold in place of a module's own: pruned from the file alone, equal to masking."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from foldline import passes as P
+from foldline.graph.groups import axis_groups
+from foldline.graph.onnx import load_onnx
+from support.onnx_models import parsed, rand
+
+
+def pruned(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Half of every axis goes; the pass itself compares sliced with masked."""
+    result = P.prune(model, ratio=0.5, verify=True)
+    details = result.report.passes[0].details
+    assert details["identity"]["checked"] and details["identity"]["relative_error"] <= 1e-5
+    return result.model
+
+
+def sizes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    return {t.name: tuple(t.dims) for t in model.graph.initializer}
+
+
+def test_channels_pass_a_gather_nd_over_positions() -> None:
+    """Adaptive pooling to a size that does not divide is exported as GatherND over positions, channels last."""
+    text = """<ir_version: 9, opset_import: ["": 18]>
+    net (float[2,3,6,6] x) => (float[2,5,3,3] y) {
+      h = Conv <pads = [1,1,1,1]> (x, w)
+      t = Transpose <perm = [2,3,0,1]> (h)
+      g = GatherND (t, where)
+      c = Transpose <perm = [2,3,0,1]> (g)
+      y = Conv <pads = [1,1,1,1]> (c, v)
+    }"""
+    rows, columns = np.meshgrid([0, 2, 5], [1, 1, 4], indexing="ij")
+    where = np.stack([rows, columns], -1).astype(np.int64)
+    after = sizes(pruned(parsed(text, w=rand(8, 3, 3, 3), v=rand(5, 8, 3, 3), where=where)))
+    assert after["w"] == (4, 3, 3, 3) and after["v"] == (5, 4, 3, 3) and after["where"] == where.shape
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_what_a_gather_nd_indexes_stays_whole_and_what_it_passes_on_is_pruned(batch: int) -> None:
+    size = "3,5" if batch == 0 else "4,2,5"
+    text = f"""<ir_version: 9, opset_import: ["": 18]>
+    net (float[4,3] x) => (float[{size}] y) {{
+      h = MatMul (x, w)
+      r = Reshape (h, shape)
+      g = GatherND <batch_dims = {batch}> (r, where)
+      y = MatMul (g, v)
+    }}"""
+    # r is 4 x 6 x 8; where names rows of it: of the whole, or of each of the four.
+    rows = [[[5], [0]], [[1], [1]], [[2], [3]], [[4], [0]]]
+    where = np.array([[0, 5], [3, 1], [2, 2]] if batch == 0 else rows)
+    arrays = {"where": where.astype(np.int64), "shape": np.array([4, 6, 8])}
+    model = parsed(text, w=rand(3, 48), v=rand(8, 5), **arrays)
+    graph = load_onnx(model)
+    assert graph.values["g"].hint == ((3, 8) if batch == 0 else (4, 2, 8))
+    assert not [n.op for n in graph if n.op == "GatherND"]
+    after = sizes(pruned(model))
+    assert after["v"] == (4, 5) and after["w"] == (3, 24), "eight columns of each of six rows become four"
+    rows = next(g for g in axis_groups(graph) if g.size == 6)
+    assert "indexed by data" in rows.why()
