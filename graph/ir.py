@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
@@ -51,39 +51,31 @@ class Weight:
         return self.load()
 
 
-class Uses(Collection[tuple["Node", int]]):
+class Uses(dict[tuple["Node", int], None]):
     """The (node, input position) pairs that read a value, in order; each once. Adding and removing cost O(1).
 
-    Iterating goes over a copy, so that the value may be rewired meanwhile.
+    Iterating goes over a copy, so that the value may be rewired meanwhile. (A dict whose values mean nothing: length,
+    truth and membership are asked so often that a layer of Python round one would show.)
     """
 
-    __slots__ = ("_pairs",)
-
-    def __init__(self, pairs: Iterable[tuple[Node, int]] = ()) -> None:
-        self._pairs: dict[tuple[Node, int], None] = dict.fromkeys(pairs)
+    __slots__ = ()
 
     def append(self, use: tuple[Node, int]) -> None:
         """Add a pair at the end (once)."""
-        self._pairs[use] = None
+        self[use] = None
 
     def discard(self, use: tuple[Node, int]) -> None:
         """Remove a pair, if it is there."""
-        self._pairs.pop(use, None)
+        self.pop(use, None)
 
     def __iter__(self) -> Iterator[tuple[Node, int]]:
-        return iter(tuple(self._pairs))
+        return iter(tuple(self.keys()))
 
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __contains__(self, use: object) -> bool:
-        return use in self._pairs
-
-    def __getitem__(self, index: int) -> tuple[Node, int]:
-        return tuple(self._pairs)[index] if index else next(iter(self._pairs))
+    def __getitem__(self, index: int) -> tuple[Node, int]:  # type: ignore[override]
+        return tuple(self)[index] if index else next(iter(self.keys()))
 
     def __repr__(self) -> str:
-        return f"Uses({[(node.name, i) for node, i in self._pairs]})"
+        return f"Uses({[(node.name, i) for node, i in self]})"
 
 
 @dataclass(eq=False)
@@ -317,6 +309,6 @@ class Graph(abc.ABC):
         for n in self.nodes:
             for i, v in enumerate(n.inputs):
                 if v is not None:
-                    v.uses.append((n, i))
+                    v.uses[n, i] = None
             for i, made in enumerate(n.outputs):
                 made.producer, made.index = n, i

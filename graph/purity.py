@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import cache
 
 from .ir import Graph, Node
 
@@ -15,15 +16,7 @@ def is_pure(graph: Graph, node: Node) -> bool:
     """
     if node.op == "random" or node.attrs.get("training"):
         return False
-    if graph.kind == "onnx":
-        from .onnx.purity import is_pure as pure_native
-
-        return pure_native(node, graph)
-    if graph.kind == "fx":
-        from .fx.purity import is_pure as pure_call
-
-        return pure_call(node)
-    return False
+    return _native(graph.kind)[0](node, graph)
 
 
 def signature(graph: Graph, node: Node) -> Hashable | None:
@@ -32,12 +25,21 @@ def signature(graph: Graph, node: Node) -> Hashable | None:
     Operands are equal if they are the same value. None where the node is not pure, holds a graph of its own, or its
     attributes cannot be compared.
     """
-    if node.captured or not is_pure(graph, node):
+    if node.captured or node.op == "random" or node.attrs.get("training"):
         return None
-    if graph.kind == "onnx":
-        from .onnx.purity import signature as of_native
+    pure, of = _native(graph.kind)
+    return of(node) if pure(node, graph) else None
 
-        return of_native(node)
-    from .fx.purity import signature as of_call
 
-    return of_call(node)
+@cache
+def _native(kind: str) -> tuple[Callable[[Node, Graph], bool], Callable[[Node], Hashable | None]]:
+    """What a front end knows about its own nodes: purity and signature."""
+    if kind == "onnx":
+        from .onnx import purity as of_onnx
+
+        return of_onnx.is_pure, of_onnx.signature
+    if kind == "fx":
+        from .fx import purity as of_fx
+
+        return of_fx.is_pure, of_fx.signature
+    return lambda node, graph: False, lambda node: None

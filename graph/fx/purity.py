@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..ir import Node
+from ..ir import Graph, Node
 
 SCALAR = ("_operator", "operator", "math", "builtins")
 """Modules whose functions only compute sizes."""
@@ -23,7 +23,7 @@ def _pure(target: Any) -> bool:
     return not isinstance(target, torch._ops.HigherOrderOperator) and getattr(target, "__module__", "") in SCALAR
 
 
-def is_pure(node: Node) -> bool:
+def is_pure(node: Node, graph: Graph) -> bool:
     """See :func:`foldline.graph.purity.is_pure`. Dropout counts as not pure: the model may be trained again."""
     trains = node.op == "identity" and node.attrs.get("fn") in ("dropout", "detach")
     return not trains and _pure(node.native.target)

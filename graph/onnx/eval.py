@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Elements:
     def constant(cls, data: np.ndarray) -> Elements:
         return cls(data, data, np.ones(data.shape, bool))
 
-    @property
+    @cached_property
     def all_known(self) -> bool:
         return bool(self.known.all())
 

@@ -18,12 +18,12 @@ from . import extract as onnx_extract
 from . import load as onnx_load
 from . import native as onnx_native
 from . import place as onnx_place
+from . import reading as onnx_reading
 from . import sizes as onnx_sizes
 from . import weights as onnx_weights
-from .names import load_weight, names_in, storage_key
+from .names import Loader, storage_key
 from .ops import Canon, canonicalize
 from .run import Session
-from .scope import location_of, scope_of
 from .shapes import Info, ShapeTable
 
 UNKNOWN = Info(None, None, None, "")
@@ -86,81 +86,31 @@ class ONNXGraph(Graph):
     # ---- the view ------------------------------------------------------------------------------------------
     def resync(self) -> None:
         """Read the whole native graph again; objects that stand for the same native thing are kept."""
-        graph = self.model.graph
-        self.taken, self.numbers = names_in(self.model), {}
-        self.nodes, alive = [], set()
-        readings = [(n, canonicalize(n, self.table)) for n in graph if not onnx_native.is_constant_node(n)]
-        self.settled = dict.fromkeys(n for n, c in readings if self._is_settled(n, c))
-        for native in self.settled:
-            for output in native.outputs:
-                self.settled_value(output)
-                alive.add(output)
-        readings = [(n, c) for n, c in readings if n not in self.settled]
-        for value in graph.inputs:
-            self.value_of(value).is_input = True
-            alive.add(value)
-        stored = [v for v in graph.initializers.values() if not v.is_graph_input()]
-        stored += [n.outputs[0] for n in graph if onnx_native.is_constant_node(n)]
-        operands = {n.inputs[i] for n, c in readings for i in c.operands if i is not None}
-        operands |= {v for n, _ in readings for v in onnx_native.captures(n, graph)} | set(graph.outputs)
-        for value in stored:
-            alive.add(value)
-            self.constant_of(value, operand=value in operands or not value.uses())
-        used_names: set[str] = set()
-        for native, canon in readings:
-            node = self.by_native.get(native)
-            if node is None:
-                node = self.by_native[native] = self._new_node(native, used_names)
-            used_names.add(node.name)
-            self.nodes.append(node)
-            self._read(node, canon)
-            alive.update(native.outputs)
-        keep = set(self.nodes)
-        self.by_native = {k: v for k, v in self.by_native.items() if v in keep}
-        self.canon = {k: v for k, v in self.canon.items() if k in keep}
-        self.view = {k: v for k, v in self.view.items() if k in alive}
-        self.values = {v.name: v for k, v in self.view.items() if k.name}
-        self.inputs = [self.value_of(v) for v in graph.inputs]
-        for view in self.values.values():
-            view.is_output = False
-        self.outputs = [self.value_of(v) for v in graph.outputs]
-        for view in self.outputs:
-            view.is_output = True
-        self._sort_weights(stored)
-        self._link()
-
-    def _is_settled(self, native: ir.Node, canon: Canon) -> bool:
-        """A size computation whose result is the same in every run: the view shows literals instead of nodes."""
-        elements = [self.table.elements.get(o) for o in native.outputs]
-        return canon.op in ("scalar", "shape_of") and all(e is not None and e.all_known for e in elements)
+        onnx_reading.resync(self)
 
     def settled_value(self, native: ir.Value) -> Value:
+        """The view of a size that is the same in every run: a literal."""
         value = self.value_of(native)
         value.literal, value.producer = self.table.elements[native].a, None
         return value
 
-    def _new_node(self, native: ir.Node, used: set[str]) -> Node:
-        base = native.name or f"{native.op_type}:{native.outputs[0].name if native.outputs else ''}"
-        name, i = base, 1
-        while name in used:
-            name, i = f"{base}#{i}", i + 1
-        origin = (
-            native.op_type if native.domain in onnx_native.STANDARD_DOMAINS else f"{native.domain}::{native.op_type}"
-        )
-        return Node(
-            name, "opaque", [], [], origin=origin, scope=scope_of(native), location=location_of(native), native=native
-        )
-
-    def _read(self, node: Node, canon: Canon) -> None:
+    def read(self, node: Node, canon: Canon) -> None:
+        """Bring the view of one node in line with its native form; ``uses`` are the caller's business."""
         native: ir.Node = node.native
+        inputs = native.inputs
         self.canon[node] = canon
         node.op, node.attrs = canon.op, dict(canon.attrs)
-        operands = [None if i is None else native.inputs[i] for i in canon.operands]
-        node.inputs = [None if v is None else self.operand_of(v) for v in operands]
-        node.outputs = [self.value_of(v) for v in native.outputs if v.name]
-        for value in node.outputs:
-            value.literal = None
-        feeds = [native.inputs[i] for i in canon.sizes]
+        node.inputs = operands = []
+        for i in canon.operands:
+            operand = None if i is None else inputs[i]
+            operands.append(None if operand is None else self.operand_of(operand))
+        node.outputs = made = []
+        for output in native.outputs:
+            if output.name:
+                value = self.value_of(output)
+                value.literal = None
+                made.append(value)
+        feeds = [inputs[i] for i in canon.sizes] if canon.sizes else ()
         node.dynamic = [self.value_of(v) for v in feeds if v is not None and not self._fixed(v)]
         node.captured = [self.operand_of(v) for v in onnx_native.captures(native, self.model.graph)]
 
@@ -172,7 +122,7 @@ class ONNXGraph(Graph):
         for i, value in enumerate(node.inputs):
             if value is not None:
                 value.uses.discard((node, i))
-        self._read(node, canonicalize(node.native, self.table))
+        self.read(node, canonicalize(node.native, self.table))
         for i, value in enumerate(node.inputs):
             if value is not None:
                 value.uses.append((node, i))
@@ -181,25 +131,27 @@ class ONNXGraph(Graph):
 
     def value_of(self, native: ir.Value) -> Value:
         """The view of a native value, made on first sight, with the shape the table knows now."""
-        info = self.table.info.get(native, UNKNOWN)
+        shape, hint, _, dtype = self.table.info.get(native, UNKNOWN)
         value = self.view.get(native)
         if value is None:
-            value = self.view[native] = Value(native.name or "", info.shape, info.a, info.dtype, native=native)
-            if native.name:
-                self.values[native.name] = value
-        value.shape, value.hint, value.dtype = info.shape, info.a, info.dtype
+            name = native.name or ""
+            value = self.view[native] = Value(name, shape, hint, dtype, native=native)
+            if name:
+                self.values[name] = value
+        else:
+            value.shape, value.hint, value.dtype = shape, hint, dtype
         return value
 
     def operand_of(self, native: ir.Value) -> Value:
-        if onnx_native.constant_tensor(native) is not None:
-            return self.constant_of(native, operand=True)
-        return self.value_of(native)
+        tensor = onnx_native.constant_tensor(native)
+        return self.value_of(native) if tensor is None else self.constant_of(native, tensor, operand=True)
 
-    def constant_of(self, native: ir.Value, *, operand: bool) -> Value:
+    def constant_of(self, native: ir.Value, tensor: ir.TensorProtocol, *, operand: bool) -> Value:
         """View of a stored value: a Weight if it is an operand, a literal if it is a scalar or feeds attributes."""
         value = self.value_of(native)
-        tensor = onnx_native.constant_tensor(native)
-        assert tensor is not None
+        if value.weight is not None and value.shape:  # a tensor that is an operand already
+            value.literal = None
+            return value
         scalar = len(tensor.shape) == 0
         is_float = tensor.dtype.is_floating_point()
         value.literal = None
@@ -221,26 +173,12 @@ class ONNXGraph(Graph):
             return weight
         kind = onnx_load.kind_of(native, tensor)
         weight = Weight(
-            value.name, onnx_native.tensor_shape(tensor), value.dtype, kind, lambda: load_weight(native), (value.name,),
+            value.name, onnx_native.tensor_shape(tensor), value.dtype, kind, Loader(native), (value.name,),
             value, kind == "parameter" and tensor.dtype.is_floating_point(),
         )  # fmt: skip
         self._tied[key] = weight
         self.carriers[weight] = [native]
         return weight
-
-    def _sort_weights(self, stored: Sequence[ir.Value]) -> None:
-        found: dict[str, Weight] = {}
-        for native in stored:
-            weight = self.view[native].weight
-            if weight is not None:
-                found.setdefault(weight.name, weight)
-        self.weights = found
-        alive = set(stored)
-        for weight in list(self.carriers):
-            self.carriers[weight] = [v for v in self.carriers[weight] if v in alive]
-            if not self.carriers[weight]:
-                del self.carriers[weight]
-        self._tied = {k: w for k, w in self._tied.items() if w in self.carriers}
 
     # ---- edits ---------------------------------------------------------------------------------------------
     def touch(self) -> None:

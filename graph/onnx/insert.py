@@ -13,7 +13,8 @@ from ..errors import UnsupportedOp
 from ..ir import Value
 from . import native as onnx_native
 from .attrs import opset_of
-from .ops_math import PARAMETERS, PLAIN, REDUCTIONS, VARIADIC
+from .ops import PLAIN
+from .ops_math import PARAMETERS, REDUCTIONS, VARIADIC
 from .place import fresh, new_constant
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:
         cause = error.__cause__ or error
         raise ModelFileError("the ONNX model cannot be read", value=where, found=str(cause).strip()[:300]) from error
     if path is not None:
-        for graph in model.graphs():
+        for graph in native.graphs(model):
             ir.external_data.set_base_dir(graph, os.path.dirname(os.path.abspath(path)))
     _check_external(model, where)
     _check_wiring(model, where)
@@ -83,7 +83,7 @@ def _check_wiring(model: ir.Model, where: str) -> None:
 def _check_external(model: ir.Model, where: str) -> None:
     """Every external tensor must lie inside its file; nothing is read for that."""
     sizes: dict[str, int] = {}
-    for graph in model.graphs():
+    for graph in native.graphs(model):
         for value in graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):

@@ -78,7 +78,7 @@ def constant_tensor(value: ir.Value) -> ir.TensorProtocol | None:
     """The tensor of a value that is the same in every run: an initializer that no caller can override, or Constant."""
     producer = value.producer()
     if producer is not None:
-        return constant_attribute(producer) if is_constant_node(producer) else None
+        return constant_attribute(producer) if producer.op_type == "Constant" and is_constant_node(producer) else None
     if value.is_initializer() and not value.is_graph_input():
         return value.const_value
     return None
@@ -110,8 +110,20 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attr.as_graphs()
 
 
+def graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph and all graphs in it; much faster than ``model.graphs()``, which looks at every attribute."""
+    found = [model.graph]
+    for graph in found:
+        for node in graph:
+            if node.op_type in WITH_GRAPHS or node.domain not in STANDARD_DOMAINS:
+                found.extend(subgraphs(node))
+    return found
+
+
 def captures(node: ir.Node, outer: ir.Graph) -> list[ir.Value]:
     """Values of ``outer`` that the subgraphs of a node read, nested ones included, in order of first use."""
+    if node.op_type not in WITH_GRAPHS and node.domain in STANDARD_DOMAINS:
+        return []
     found: dict[ir.Value, None] = {}
 
     def visit(graph: ir.Graph) -> None:
@@ -154,7 +166,7 @@ DECLARED = "foldline.declared_initializers"
 
 def inline(model: ir.Model, limit: int | None = None) -> ir.Model:
     """Hold stored tensors (up to ``limit`` bytes) in the model itself; the tensors of its clones are left alone."""
-    for graph in model.graphs():
+    for graph in graphs(model):
         for value in graph.initializers.values():
             tensor = value.const_value
             if isinstance(tensor, ir.ExternalTensor) and (limit is None or tensor.nbytes <= limit):
@@ -167,6 +179,7 @@ def serialize(model: ir.Model) -> onnx.ModelProto:
     proto = ir.serde.serialize_model(model)
     declared = model.graph.meta.get(DECLARED)
     if declared is not None:
+        nested = len(graphs(model)) > 1
         pending = [proto.graph]
         while pending:
             graph = pending.pop()
@@ -175,7 +188,7 @@ def serialize(model: ir.Model) -> onnx.ModelProto:
             if len(kept) != len(graph.value_info):
                 del graph.value_info[:]
                 graph.value_info.extend(kept)
-            pending += [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+            pending += _nested(graph) if nested else []
     return proto
 
 
@@ -183,10 +196,15 @@ def deserialize(proto: onnx.ModelProto) -> ir.Model:
     """The inverse of :func:`serialize`."""
     model = ir.serde.deserialize_model(proto)
     declared: set[str] = set()
+    nested = len(graphs(model)) > 1
     pending = [proto.graph]
     while pending:
         graph = pending.pop()
         declared |= {t.name for t in graph.initializer} & {v.name for v in graph.value_info}
-        pending += [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]
+        pending += _nested(graph) if nested else []
     model.graph.meta[DECLARED] = frozenset(declared)
     return model
+
+
+def _nested(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    return [g for n in graph.node for a in n.attribute for g in ([a.g] if a.HasField("g") else a.graphs)]

@@ -39,16 +39,16 @@ def infer_node(table: ShapeTable, node: ir.Node, world: int) -> Found:
     key = _key(table, node, world)
     if key is None:
         return _infer(table, node, world)
-    if key not in table.memo:
-        table.memo[key] = _infer(table, node, world)
-    found: Found = table.memo[key]
+    found: Found | None = table.memo.get(key)
+    if found is None:
+        found = table.memo[key] = _infer(table, node, world)
     return found
 
 
 def _key(table: ShapeTable, node: ir.Node, world: int) -> Hashable | None:
     """Everything that the inference of a node reads; None where that is no small piece of plain data."""
     attributes = []
-    for attr in node.attributes.values():
+    for attr in node.attributes.values() if node.attributes else ():
         if attr.type not in PLAIN or attr.is_ref():
             return None
         value = attr.value
@@ -67,8 +67,8 @@ def _key(table: ShapeTable, node: ir.Node, world: int) -> Hashable | None:
         e = None if blind else table.elements.get(value)
         data = None if e is None else _bytes(e.b if world else e.a)
         operands.append((info.dtype, info.b if world else info.a, data))
-    named = tuple(bool(o.name) for o in node.outputs)
-    return node.domain, node.op_type, node.overload, tuple(attributes), tuple(operands), named
+    named = [bool(o.name) for o in node.outputs]
+    return node.domain, node.op_type, node.overload, tuple(attributes), tuple(named), *operands
 
 
 def _bytes(data: np.ndarray) -> Hashable:

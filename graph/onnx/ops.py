@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,12 @@ class Native:
     def __init__(self, node: ir.Node, table: ShapeTable) -> None:
         self.node = node
         self.table = table
-        self.opset = table.model.graph.opset_imports.get("", 0) or table.model.graph.opset_imports.get("ai.onnx", 0)
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        imports = self.table.model.graph.opset_imports
+        return imports.get("", 0) or imports.get("ai.onnx", 0)
 
     def attr(self, name: str, default: Any = None) -> Any:
         return native.attribute(self.node, name, default)
@@ -56,11 +62,7 @@ class Native:
 
     def every(self, limit: int | None = None) -> tuple[int | None, ...]:
         """Positions of all operands (of the first ``limit``), trailing absent ones dropped."""
-        found: list[int | None] = [i if v is not None else None for i, v in enumerate(self.node.inputs)]
-        found = found[:limit]
-        while found and found[-1] is None:
-            found.pop()
-        return tuple(found)
+        return _every(self.node, limit)
 
     def hint(self, i: int = 0) -> tuple[int, ...] | None:
         value = self.value(i)
@@ -130,6 +132,8 @@ class Native:
 
 Rule = Callable[[Native], Canon | None]
 RULES: dict[str, Rule] = {}
+PLAIN: dict[str, str] = {}
+"""Native op -> canonical op with the same operands and no attributes: what most nodes of most models are."""
 
 
 def rule(*op_types: str) -> Callable[[Rule], Rule]:
@@ -151,34 +155,65 @@ def axes_of(axes: Iterable[int], rank: int) -> list[int]:
     return [axis_of(int(a), rank) for a in axes]
 
 
+@cache
+def _complete() -> None:
+    """Let the modules that hold the rules register them."""
+    from . import contrib, ops_data, ops_math, ops_nn  # noqa: F401
+
+
+@cache
+def _plain(op: str, operands: tuple[int | None, ...]) -> Canon:
+    """One object for all nodes that read alike."""
+    return Canon(op, operands)
+
+
+def _every(node: ir.Node, limit: int | None = None) -> tuple[int | None, ...]:
+    inputs = node.inputs[:limit]
+    if None not in inputs:
+        return tuple(range(len(inputs)))
+    found: list[int | None] = [i if v is not None else None for i, v in enumerate(inputs)]
+    while found and found[-1] is None:
+        found.pop()
+    return tuple(found)
+
+
 def canonicalize(node: ir.Node, table: ShapeTable) -> Canon:
     """The canonical form of a native node. Total: what no rule knows is "opaque"."""
-    from . import contrib, ops_data, ops_math, ops_nn  # noqa: F401  (they fill RULES)
-
-    c = Native(node, table)
-    standard = node.domain in native.STANDARD_DOMAINS and node.op_identifier() not in table.model.functions
+    _complete()
+    op_type, domain, functions = node.op_type, node.domain, table.model.functions
     found = None
-    if standard:
-        if computes_sizes(node, table):
-            return Canon("scalar", c.every())
-        if node.op_type in RULES:
-            found = RULES[node.op_type](c)
-    elif (name := f"{node.domain}::{node.op_type}") in RULES and node.op_identifier() not in table.model.functions:
-        found = RULES[name](c)
-    return found if found is not None else Canon("opaque", c.every())
+    if not functions or node.op_identifier() not in functions:
+        if domain in native.STANDARD_DOMAINS:
+            if op_type in EVALUATED and computes_sizes(node, table):
+                return _plain("scalar", _every(node))
+            if op_type in PLAIN:
+                return _plain(PLAIN[op_type], _every(node))
+            if op_type in RULES:
+                found = RULES[op_type](Native(node, table))
+        elif (name := f"{domain}::{op_type}") in RULES:
+            found = RULES[name](Native(node, table))
+    return found if found is not None else _plain("opaque", _every(node))
 
 
 def computes_sizes(node: ir.Node, table: ShapeTable) -> bool:
     """Arithmetic on sizes: all operands descend from Shape or are constants, and the result is a short list."""
     if node.op_type not in EVALUATED or node.op_type == "Range":
         return False
-    operands = [v for v in node.inputs if v is not None]
-    sized = [v for v in operands if v in table.elements and table.elements[v].sized]
-    out = table.elements.get(node.outputs[0])
+    elements = table.elements
+    out = elements.get(node.outputs[0])
     if out is not None:
         integer = np.issubdtype(out.a.dtype, np.integer) or node.op_type not in ("Expand", "ConstantOfShape", "Tile")
         return out.sized and out.a.ndim <= 1 and out.a.size <= 64 and integer
+    sized = False
+    rest = []
+    for value in node.inputs:
+        known = elements.get(value) if value is not None else None
+        if known is not None and known.sized:
+            sized = True
+        elif value is not None:
+            rest.append(value)
+    if not sized:
+        return False
     info = table.info.get(node.outputs[0])
     small = info is not None and info.a is not None and len(info.a) <= 1 and int(np.prod(info.a)) <= 64
-    rest = [v for v in operands if v not in sized]
-    return bool(sized) and small and all(native.constant_tensor(v) is not None for v in rest)
+    return small and all(native.constant_tensor(v) is not None for v in rest)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .ops import Canon, Native, Rule, axes_of, axis_of, rule
+from .ops import PLAIN, Canon, Native, Rule, axes_of, axis_of, rule
 
-PLAIN = {
+PLAIN.update({
     "Relu": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Softplus": "softplus", "Softsign": "softsign",
     "HardSwish": "hardswish", "Mish": "mish", "Erf": "erf", "Exp": "exp", "Log": "log", "Sqrt": "sqrt",
     "Reciprocal": "reciprocal", "Abs": "abs", "Neg": "neg", "Sign": "sign", "Floor": "floor", "Ceil": "ceil",
@@ -15,8 +15,7 @@ PLAIN = {
     "LessOrEqual": "le", "Greater": "gt", "GreaterOrEqual": "ge", "And": "logical_and", "Or": "logical_or",
     "Xor": "logical_xor", "BitwiseAnd": "bitwise_and", "BitwiseOr": "bitwise_or", "BitwiseXor": "bitwise_xor",
     "PRelu": "prelu", "Where": "where",
-}  # fmt: skip
-"""Ops whose operands and meaning are the canonical ones."""
+})  # fmt: skip
 
 VARIADIC = {"Sum": ("add", "addn"), "Max": ("maximum", "maxn"), "Min": ("minimum", "minn"), "Mean": ("meann", "meann")}
 
@@ -36,16 +35,10 @@ PARAMETERS: dict[str, tuple[str, dict[str, tuple[str, float]]]] = {
 """native op -> (canonical op, canonical attribute -> (native attribute, default))"""
 
 
-def _plain(op: str) -> Rule:
-    return lambda c: Canon(op, c.every())
-
-
 def _parametrized(op: str, names: dict[str, tuple[str, float]]) -> Rule:
     return lambda c: Canon(op, (0,), {canonical: c.attr(name, default) for canonical, (name, default) in names.items()})
 
 
-for _native, _op in PLAIN.items():
-    rule(_native)(_plain(_op))
 for _native, (_op, _names) in PARAMETERS.items():
     rule(_native)(_parametrized(_op, _names))
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ..ir import Node
 from . import native as onnx_native
+from .reading import new_node
 
 if TYPE_CHECKING:
     from .graph import ONNXGraph
@@ -63,7 +64,7 @@ def adopt(g: ONNXGraph, made: Sequence[ir.Node], scope: str = "") -> Node:
         g.table.visit(native, stored=False)
         for output in native.outputs:
             _write_shape(g, output, fill=True)
-        node = g.by_native[native] = g._new_node(native, used)
+        node = g.by_native[native] = new_node(native, used)
         node.scope = scope or node.scope
         g.reread(node)
         g.dirty.add(native)

@@ -26,16 +26,20 @@ def is_pure(node: Node, graph: Graph) -> bool:
     if TYPE_CHECKING:
         assert isinstance(graph, ONNXGraph)
     native: ir.Node = node.native
-    if native.op_type == "Dropout" and node.op != "identity":
+    op = native.op_type
+    if op == "Dropout" and node.op != "identity":
         return False
-    if native.op_type == "BatchNormalization" and onnx_native.attribute(native, "training_mode", 0):
+    if op == "BatchNormalization" and onnx_native.attribute(native, "training_mode", 0):
         return False
     return _pure(native, graph.model)
 
 
 def _pure(native: ir.Node, model: ir.Model) -> bool:
-    if native.domain not in DOMAINS or native.op_type in RANDOM or native.op_identifier() in model.functions:
+    op, domain = native.op_type, native.domain
+    if domain not in DOMAINS or op in RANDOM or (model.functions and native.op_identifier() in model.functions):
         return False
+    if domain in onnx_native.STANDARD_DOMAINS and op not in onnx_native.WITH_GRAPHS:
+        return True
     return all(_inner(n, model) for graph in onnx_native.subgraphs(native) for n in graph)
 
 
@@ -52,11 +56,13 @@ def signature(node: Node) -> Hashable | None:
         key = None if attr.is_ref() else _key(attr.type, attr.value)
         if key is None:
             return None
-        attributes.append((name, str(attr.type), key))
-    domain = "" if native.domain in onnx_native.STANDARD_DOMAINS else native.domain
-    made = tuple(bool(o.name) for o in native.outputs)
-    operands = tuple(None if v is None else id(v) for v in native.inputs)
-    return (domain, native.op_type, native.overload, native.version, tuple(sorted(attributes)), made, operands)
+        attributes.append((name, attr.type.name, key))
+    attributes.sort()
+    domain = native.domain
+    made = [bool(o.name) for o in native.outputs]
+    operands = [None if v is None else id(v) for v in native.inputs]
+    standard = "" if domain in onnx_native.STANDARD_DOMAINS else domain
+    return (standard, native.op_type, native.overload, native.version, *attributes, *made, None, *operands)
 
 
 def _key(kind: ir.AttributeType, value: Any) -> Hashable | None:

@@ -14,7 +14,8 @@ NAMESPACE = "namespace"
 
 def scope_of(node: ir.Node) -> str:
     """Module path (``"layer1.0.conv1"``); "" where neither metadata nor the node's name tells it."""
-    recorded = node.metadata_props.get(SCOPES)
+    props = node.metadata_props
+    recorded = props.get(SCOPES) if props else None
     if recorded:
         try:
             names = ast.literal_eval(recorded)
@@ -22,11 +23,12 @@ def scope_of(node: ir.Node) -> str:
             names = []
         modules = [n for n in names[:-1] if isinstance(n, str) and not n.startswith("_empty_nn_module_stack")]
         return modules[-1] if modules else ""
-    recorded = node.metadata_props.get(NAMESPACE)
+    recorded = props.get(NAMESPACE) if props else None
     if recorded:
         return next((p.split(":")[0].strip() for p in reversed(recorded.split("/")[:-1])), "")
-    if node.name and node.name.startswith("/"):
-        return _from_path(node.name.split("/")[1:-1])
+    name = node.name
+    if name and name.startswith("/"):
+        return _from_path(name.split("/")[1:-1])
     return ""
 
 
@@ -43,5 +45,6 @@ def _from_path(parts: list[str]) -> str:
 
 def location_of(node: ir.Node) -> str:
     """``"file:line"`` of the user's code that made the node; "" if unknown."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.metadata_props.get(TRACE, ""))
+    trace = node.metadata_props.get(TRACE)
+    found = re.findall(r'File "([^"]+)", line (\d+)', trace) if trace else []
     return f"{found[-1][0]}:{found[-1][1]}" if found else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -19,10 +19,11 @@ Sizes = tuple[int, ...]
 BATCH = 7
 PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)
 IMAGE = {3: 224, 4: 224, 5: 32}
+SIZED = EVALUATED | {"Shape", "Size"}
+"""Operators whose results may be known as numbers."""
 
 
-@dataclass(frozen=True)
-class Info:
+class Info(NamedTuple):
     """What is known about one value: symbolic shape, concrete shape in both worlds, dtype name ("" if unknown)."""
 
     shape: tuple[Dim, ...] | None
@@ -174,7 +175,8 @@ class ShapeTable:
         if native.is_constant_node(node):
             return True
         for output in node.outputs:
-            self.elements.pop(output, None)
+            if output in self.elements:
+                del self.elements[output]
         evaluated = self._evaluate(node)
         if evaluated is not None:
             for output, e in zip(node.outputs, evaluated, strict=False):
@@ -182,14 +184,17 @@ class ShapeTable:
                 shape = tuple(e.a.shape)
                 self.info[output] = Info(shape, shape, shape, str(e.a.dtype))
             return True
-        if stored and all(self._stored(o) for o in node.outputs if o.name):
+        if stored and all([self._stored(o) for o in node.outputs if o.name]):
             return True
         return self._infer(node)
 
     def _evaluate(self, node: ir.Node) -> list[Elements] | None:
-        if node.domain not in native.STANDARD_DOMAINS or (node.op_identifier() in self.model.functions):
+        op_type = node.op_type
+        if op_type not in SIZED or node.domain not in native.STANDARD_DOMAINS:
             return None
-        if node.op_type in ("Shape", "Size"):
+        if self.model.functions and node.op_identifier() in self.model.functions:
+            return None
+        if op_type in ("Shape", "Size"):
             info = self.info.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
             if info is None or info.a is None or info.b is None or info.shape is None:
                 return None
@@ -201,10 +206,13 @@ class ShapeTable:
                 a, b = (np.asarray(np.prod(x, dtype=np.int64)) for x in (a, b))
                 known = np.asarray(known.all())
             return [Elements(a, b, known, True)]
-        if node.op_type not in EVALUATED:
-            return None
-        inputs = [None if v is None else self.elements.get(v) for v in node.inputs]
-        if not inputs or any(e is None and v is not None for e, v in zip(inputs, node.inputs, strict=True)):
+        inputs: list[Elements | None] = []
+        for value in node.inputs:
+            known = None if value is None else self.elements.get(value)
+            if known is None and value is not None:
+                return None
+            inputs.append(known)
+        if not inputs:
             return None
         attrs = {name: native.attribute(node, name) for name in node.attributes}
         attrs["#outputs"] = len(node.outputs)
@@ -260,10 +268,14 @@ class ShapeTable:
     # ---- inference -----------------------------------------------------------------------------------------
     def _infer(self, node: ir.Node) -> bool:
         a = infer_node(self, node, 0)
-        infos = [self.info.get(v) for v in node.inputs if v is not None]
-        static = all(i is not None and i.a == i.b for i in infos) and not any(
-            v in self.elements and not self.elements[v].all_known for v in node.inputs if v is not None
-        )
+        static = True
+        for value in node.inputs:
+            if value is None:
+                continue
+            info, known = self.info.get(value), self.elements.get(value)
+            if info is None or info.a != info.b or (known is not None and not known.all_known):
+                static = False
+                break
         b = a if static else infer_node(self, node, 1)
         done = True
         for i, output in enumerate(node.outputs):
@@ -283,6 +295,9 @@ class ShapeTable:
                 d if isinstance(d, int) else (d.value or f"{value.name}.{i}") for i, d in enumerate(value.shape)
             )  # fmt: skip
             self.info[value] = Info(stored, None, None, dtype)
+            return
+        if a == b:
+            self.info[value] = Info(tuple(a), a, b, dtype)
             return
         if b is None or len(b) != len(a):
             b = tuple(-1 for _ in a)

@@ -73,7 +73,7 @@ def _assign(g: ONNXGraph, weight: Weight, tensor: ir.TensorProtocol) -> None:
         put_constant(native, tensor)
         g.table.constant(native)
         g.moved.add(native)
-        g.constant_of(native, operand=True)
+        g.operand_of(native)
     weight.shape, weight.dtype = onnx_native.tensor_shape(tensor), onnx_native.dtype_name(tensor.dtype)
     for native in g.carriers[weight]:
         for use in native.uses():
@@ -90,7 +90,7 @@ def add_weight(g: ONNXGraph, name: str, data: np.ndarray, *, trainable: bool = F
     native = new_constant(g, name, np.asarray(data))
     if not trainable and np.asarray(data).dtype.kind == "f":
         native.metadata_props[onnx_load.KIND] = "BUFFER"  # or it would come back from a clone as a parameter
-    value = g.constant_of(native, operand=True)
+    value = g.operand_of(native)
     if value.weight is not None:
         value.weight.trainable = trainable
         value.weight.kind = "parameter" if trainable else value.weight.kind
@@ -123,7 +123,7 @@ def _untie(g: ONNXGraph, weight: Weight) -> list[Weight]:
         assert tensor is not None
         twin = _twin(g, fresh(g, f"{weight.name}_{len(made)}"), tensor)
         use.node.replace_input_with(use.idx, twin)
-        part = g.constant_of(twin, operand=True).weight
+        part = g.operand_of(twin).weight
         if part is not None:
             made.append(part)
     for native in carriers[1:]:
