@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .prune import Prune
     from .prune.depth import DropBlocks
     from .prune.gate import InsertDynamicChannelGate, TopKFrequency, expected_macs
-    from .prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss
+    from .prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss, mask_loss
     from .prune.regularize import Cut, absorb_removed, regularize
     from .prune.reinitialize import Reinitialize, compare_with_scratch
     from .prune.schedule import PruneIteratively
@@ -196,6 +196,7 @@ __all__ = [
     "load_peft",
     "load_subspace",
     "lower",
+    "mask_loss",
     "materialise",
     "merge_adapter",
     "names",
@@ -236,6 +237,7 @@ _HOME = {
     **dict.fromkeys(["TopKFrequency", "expected_macs"], ".prune.gate"),
     "compare_with_scratch": ".prune.reinitialize",
     "identity_loss": ".prune.pat",
+    "mask_loss": ".prune.pat",
     "WeightFreezing": ".quantize.qat.freezing",
     "insert_adapter": ".adapters.insert",
     **dict.fromkeys(["Archive", "read_archive"], ".quantize.archive"),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from foldline import passes as P
 from foldline.graph.errors import ConstraintError
 from foldline.graph.execute import run_graph
-from foldline.passes.prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss
+from foldline.passes.prune.pat import FoldLinearOp, InsertLinearOp, SharedMask, identity_loss, mask_loss
 from support import timm_models
 from support.frontends import exported
 from support.toys import toy
@@ -201,6 +201,39 @@ def test_the_mask_follows_the_criterion_and_fades_in() -> None:
         P.fold_linear_op(faint.model, x)
 
 
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+def test_a_learnt_mask_finds_the_channels_that_can_go(front: str) -> None:
+    """The wanted outputs are those of the model without eight channels: training the mask alone tells which."""
+    model, x = model_of("gpt_rms")
+    gone = [1, 4, 9, 12, 17, 22, 25, 30]
+    stays = [i for i in range(WIDTH) if i not in gone]
+    given = model if front == "fx" else exported(model, x)
+    inserted = P.insert_linear_op(given, x, rank=2, learn_mask=True)
+    wanted = torch.from_numpy(run(P.shared_mask(inserted.model, x, kept=stays), x))
+    with pytest.raises(ConstraintError, match="not trained"):
+        P.shared_mask(inserted.model, x, ratio=0.25, criterion="mask")
+
+    def train(module: nn.Module) -> None:
+        named = getattr(module, "weight_names", {})
+        mask = [p for n, p in module.named_parameters() if named.get(n, n).endswith("pat_mask")]
+        assert len(mask) == 1 and mask_loss(module).item() == 1
+        optimizer = torch.optim.Adam(mask, lr=0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (module(x[0]) - wanted).square().mean() / wanted.square().mean() + 0.02 * mask_loss(module)
+            loss.backward()
+            optimizer.step()
+
+    steps = [InsertLinearOp(rank=2, learn_mask=True), P.FineTune(train), SharedMask(ratio=0.25, criterion="mask")]
+    masked = fl.Pipeline(steps).run(given, x)
+    assert np.flatnonzero(masked.graph.weight("pat_mask").numpy() == 0).tolist() == gone
+    by_weights = P.shared_mask(inserted.model, x, ratio=0.25)
+    assert np.flatnonzero(by_weights.graph.weight("pat_mask").numpy() == 0).tolist() != gone
+    cut = P.fold_linear_op(masked.model, x)
+    assert close(wanted.numpy(), run(cut, x), 1e-4)
+    assert cut.graph.weight("embed.weight").shape == (VOCABULARY, WIDTH - 8)
+
+
 def test_errors() -> None:
     model, x = model_of("gpt")
     with pytest.raises(ConstraintError, match="no linear ops"):
@@ -216,6 +249,8 @@ def test_errors() -> None:
         P.shared_mask(inserted, x, kept=[32])
     with pytest.raises(ConstraintError, match="no linear ops"):
         identity_loss(model)
+    with pytest.raises(ConstraintError, match="learns no mask"):
+        mask_loss(inserted)
 
 
 @pytest.mark.slow

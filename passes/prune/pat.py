@@ -58,6 +58,9 @@ class InsertLinearOp(Pass):
     """Where the ops stand; the mask is everywhere."""
     group: str | None = None
     """The axis group of the stream; the one with most members that can be cut, if None."""
+    learn_mask: bool = False
+    """Whether the mask, ones at first, is a parameter (``pat_mask``) that training moves, too; :func:`mask_loss`
+    presses it down, ``SharedMask(criterion="mask")`` then keeps what it holds to be large."""
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         graph.separate_shared()
@@ -65,7 +68,7 @@ class InsertLinearOp(Pass):
         g = stream_group(groups, self.group)
         if any(OP.search(n) or n.endswith(MASK) for n in graph.weights):
             raise ConstraintError("linear ops are there already", node=g.name, hint="fold them first")
-        mask = graph.add_weight(MASK, np.ones(g.size, np.float32))
+        mask = graph.add_weight(MASK, np.ones(g.size, np.float32), trainable=self.learn_mask)
         fill: Value | None = None
         stream = _Stream(groups, g)
         reads = stream.readers() if self.where != "writers" else []
@@ -106,7 +109,11 @@ class InsertLinearOp(Pass):
 class SharedMask(Pass):
     """Set the one mask of a model with linear ops: the least important residual channels become zero everywhere.
 
-    The criterion judges the model with its ops folded. Without ``ratio``, ``kept`` says which channels stay.
+    The criterion judges the model with its ops folded. Without ``ratio``, ``kept`` says which channels stay. A mask
+    that was learnt becomes zeros and ones; take it out of the optimizer for any training that follows.
+
+    Raises:
+        ConstraintError: the ratio or the channels are out of range, or criterion "mask" finds one that was not trained.
     """
 
     name: ClassVar[str] = "shared_mask"
@@ -119,7 +126,8 @@ class SharedMask(Pass):
     kept: list[int] | None = None
     """The channels that stay, instead."""
     criterion: Any = "l2"
-    """As in Prune: a name, or a callable (group, groups) -> one score per channel."""
+    """As in Prune: a name, or a callable (group, groups) -> one score per channel; or "mask": the absolute values of a
+    mask that was trained (``InsertLinearOp(learn_mask=True)``)."""
     reduction: Reduction = "mean"
     """As in Prune."""
     round_to: int = Field(1, ge=1)
@@ -154,6 +162,16 @@ class SharedMask(Pass):
         if self.kept is not None:
             return np.unique(self.kept)
         assert self.ratio is not None
+        count = min(max(round(n * (1 - self.ratio) / self.round_to), 1) * self.round_to, n)
+        return np.sort(np.argsort(-self._scores(graph, n, seed), kind="stable")[:count])
+
+    def _scores(self, graph: Graph, n: int, seed: int) -> np.ndarray:
+        if self.criterion == "mask":
+            learnt = np.abs(mask_of(graph).numpy().astype(np.float64))
+            if np.ptp(learnt) == 0:
+                hint = "P.InsertLinearOp(learn_mask=True), then train"
+                raise ConstraintError("the shared mask was not trained", node=MASK, found="one value", hint=hint)
+            return learnt
         folded = graph.clone()
         anchor = stream_anchor(folded)
         fold_ops(folded)
@@ -162,8 +180,7 @@ class SharedMask(Pass):
         scores = importance(groups, [g], self.criterion, seed, self.reduction)
         if g not in scores:
             raise ConstraintError("the criterion finds nothing to judge the stream by", value=self.criterion)
-        count = min(max(round(n * (1 - self.ratio) / self.round_to), 1) * self.round_to, n)
-        return np.sort(np.argsort(-scores[g], kind="stable")[:count])
+        return scores[g]
 
 
 class FoldLinearOp(Pass):
@@ -220,6 +237,16 @@ def identity_loss(module: torch.nn.Module) -> torch.Tensor:
         d = eye + pair["down"] @ pair["up"]
         losses.append((d @ d.T - eye).square().sum() / len(eye))
     return torch.stack(losses).sum()
+
+
+def mask_loss(module: torch.nn.Module) -> torch.Tensor:
+    """Mean absolute value of the mask that is being learnt, differentiable: what makes it let go of channels."""
+    names: dict[str, str] = getattr(module, "weight_names", {})
+    found = [p for name, p in module.named_parameters() if re.search(rf"(?:^|[./]){MASK}$", names.get(name, name))]
+    if not found:
+        hint = "P.insert_linear_op(..., learn_mask=True)"
+        raise ConstraintError("this module learns no mask", found=type(module).__name__, hint=hint)
+    return found[0].abs().mean()
 
 
 # ---- where the stream is -------------------------------------------------------------------------------------------
