@@ -15,7 +15,6 @@ from .clean import clean
 from .edit import FXEdits
 from .extract import extract
 from .functional import Pure
-from .hf_config import update_configs
 from .modes import graph_module
 from .module import write_back
 from .ops import known
@@ -59,7 +58,10 @@ def load_torch(
 
 def _recorded(model: nn.Module, example_inputs: Any) -> FXGraph:
     found = describe(model, example_inputs)
-    recorded = Recorded(found)
+    try:
+        recorded = Recorded(found, compiling=False)
+    except CannotRecord:  # it reads tensor data, unless it believes that it is traced
+        recorded = Recorded(found, compiling=True)
     clean(recorded.graph, known)
     return FXGraph(found, recorded)
 
@@ -108,7 +110,7 @@ class FXGraph(FXEdits):
 
     def to_model(self) -> nn.Module:
         """The caller's own module class where it can express the edits, else a GraphModule (``notes`` says why)."""
-        return update_configs(self, write_back(self))
+        return write_back(self)
 
 
 __all__ = ["FXGraph", "from_numpy", "load_torch", "to_numpy"]

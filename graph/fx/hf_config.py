@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,8 +11,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .config_entries import Entries, configs, integer_entries, is_config, set_entry, shorter_lists, sizes_of
+from .config_build import all_sizes, built_from, entries_read, shapes_of
+from .config_entries import Entries, configs, integer_entries, is_config, set_entry, shorter_lists
 from .patch import SizeChanges
+from .same_state import sizes_apart
 from .shorten import dead_entries
 
 if TYPE_CHECKING:
@@ -64,6 +64,33 @@ def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
     return twin
 
 
+def foresee(graph: FXView, twin: nn.Module) -> Callable[[], None] | None:
+    """Where it is clear what the configurations should say: say it, before the twin is proved; returns the way back.
+
+    Clear: one build from the new values gives a module whose state is that of the twin, but for integer attributes
+    (``num_attention_heads``), which the twin takes over. A proof that the twin computes what the graph says then holds
+    for what ``from_pretrained`` builds, too. None (and nothing is changed) where :func:`update_configs` has to search.
+    """
+    outer: list[tuple[str, nn.Module]] = []
+    for path, m in twin.named_modules():
+        if _buildable(m) and not any(path.startswith(f"{p}." if p else "") for p, _ in outer):
+            outer.append((path, m))
+    if not outer:
+        return None if any(True for _ in configs(twin)) else lambda: None
+    if _dropped(graph):
+        return None
+    undo: list[Callable[[], None]] = []
+    changes = SizeChanges(graph)
+    for path, m in outer:
+        back = _Fit(graph, changes, twin, path, m, {}).foresee()
+        if back is None:
+            for step in reversed(undo):
+                step()
+            return None
+        undo.append(back)
+    return lambda: [step() for step in reversed(undo)] and None
+
+
 def _dropped(graph: FXView) -> dict[str, tuple[int, list[int]]]:
     """Per container that lost numbered entries (whole layers): how many it had, and which are left."""
     found: dict[str, tuple[int, list[int]]] = {}
@@ -95,8 +122,8 @@ class _Fit:
         self.graph, self.twin, self.path, self.module = graph, twin, path, m
         self.config = m.config
         self.entries = integer_entries(self.config)
-        self.shapes = _shapes(m)
-        self.sizes = _all_sizes(m)
+        self.shapes = shapes_of(m)
+        self.sizes = all_sizes(m)
         self.known: dict[tuple[tuple[str, int | None], ...], tuple[Misfit, nn.Module | None]] = {}
         self.lists = shorter_lists(self.config, dropped.values())
         self.evidence = self._evidence(changes)
@@ -114,7 +141,7 @@ class _Fit:
         if built is None:
             return f"{name} stays as it was: {type(self.module).__name__} cannot be built from it"
         if tensors:
-            have = _shapes(built)
+            have = shapes_of(built)
             wrong = next((f"{n}: {list(s)}" for n, s in self.shapes.items() if have.get(n) != s), "")
             wrong = wrong or next(f"it would have {n}" for n in have if n not in self.shapes)
             why = f"no values of it give the pruned widths (e.g. {wrong})"
@@ -125,6 +152,44 @@ class _Fit:
             if not reasons[-1]:
                 return ""
         return f"{name} stays as it was: {reasons[0]}; load the result with fl.load_pruned"
+
+    def foresee(self) -> Callable[[], None] | None:
+        """Change configuration and integer attributes at the first guess, if that is the answer; the way back."""
+        if self._uneven():
+            return None
+        guess = self._named(self.evidence)
+        with entries_read(self.config) as read:
+            (tensors, _), built = self._build(guess)
+        found = {e: v for e, v in guess.items() if e.rpartition(".")[2] in read}
+        if built is None or tensors or len({self.entries[e] for e in found}) < len(found):
+            return None  # which of two entries that held one size says it now: to be tried out
+        sizes = sizes_apart(self.module, built)
+        if sizes is None:
+            return None
+        before = [(m, name, getattr(m, name)) for m, name, _ in sizes]
+        old = self._say(built, found)
+        for m, name, value in sizes:
+            setattr(m, name, value)
+
+        def back() -> None:
+            for m, name, value in before:
+                setattr(m, name, value)
+            _restore(old)
+
+        return back
+
+    def _named(self, evidence: Mapping[int, list[int]]) -> Entries:
+        """Each entry of an old size with the size in its place; of those with one size, what modules call their own."""
+        alike: dict[int, list[str]] = {}
+        for entry, value in self.entries.items():
+            if value is not None and value in evidence:
+                alike.setdefault(value, []).append(entry)
+        called = {name for _, name in self.sizes}
+        found: Entries = {}
+        for value, entries in alike.items():
+            own = [e for e in entries if e.rpartition(".")[2] in called]
+            found |= dict.fromkeys(own if len(entries) > 1 and own else entries, evidence[value][0])
+        return found
 
     def _uneven(self) -> str:
         """A weight whose counterpart in another layer (the same name but for numbers) had its shape and has it not."""
@@ -184,7 +249,7 @@ class _Fit:
 
     def _signature(self, found: Entries) -> Any:
         built = self._build(found)[1]
-        return None if built is None else (_shapes(built), _all_sizes(built))
+        return None if built is None else (shapes_of(built), all_sizes(built))
 
     def _descend(self, best: Entries, options: Mapping[str, list[int]], together: int) -> Entries:
         """Change ``together`` entries at a time for as long as that brings the built model closer."""
@@ -204,7 +269,7 @@ class _Fit:
         leaf = entry.rpartition(".")[2]
         named = [v for (_, k), v in self.sizes.items() if k == leaf and isinstance(v, int)]
         built = self._build(found)[1]
-        have = {} if built is None else _shapes(built)
+        have = {} if built is None else shapes_of(built)
         both = [(s, have[n]) for n, s in self.shapes.items() if len(have.get(n, ())) == len(s)]
         axes = [w for s, h in both for w, other in zip(s, h, strict=True) if w != other]
         return list(dict.fromkeys([*named, *axes]))[:4]
@@ -219,10 +284,10 @@ class _Fit:
             if built is None:
                 self.known[key] = _NEVER, None
             else:
-                have = _shapes(built)
+                have = shapes_of(built)
                 tensors = sum(_apart(s, have.get(n)) for n, s in self.shapes.items())
                 tensors += sum(len(s) + 1 for n, s in have.items() if n not in self.shapes)
-                now = _all_sizes(built)
+                now = all_sizes(built)
                 self.known[key] = (tensors, sum(now.get(k) != v for k, v in self.sizes.items())), built
         return self.known[key]
 
@@ -233,11 +298,9 @@ class _Fit:
                 set_entry(config, name, value)
             for name, entries in self.lists.items():
                 setattr(config, name, entries)
-            with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _uninitialised():
-                built: nn.Module = type(self.module)(config)
-                return built
-        except Exception:  # user code: a width that is no multiple of the heads, a class with other arguments
+        except Exception:  # user code: a configuration that checks its entries
             return None
+        return built_from(type(self.module), config)
 
     # ---- proof ---------------------------------------------------------------------------------------------------
     def _verify(self, found: Entries) -> str:
@@ -257,14 +320,7 @@ class _Fit:
         _, after = self._outputs(built, call)
         if not _same(before, after):
             return "a model built from it computes something else (a scale or a table that depends on the sizes)"
-        old = {id(c): (c, integer_entries(c)) for _, c in configs(self.module)}
-        here = dict(built.named_modules())
-        for path, config in configs(self.module):
-            like = vars(here[path]).get("config") if path in here else None
-            if like is not None:
-                for name, value in integer_entries(like).items():
-                    if name.rpartition(".")[2] in {n.rpartition(".")[2] for n in found}:
-                        set_entry(config, name, value)
+        old = self._say(built, found)
         kept = {name: getattr(self.config, name) for name in self.lists}
         for name, shorter in self.lists.items():
             setattr(self.config, name, shorter)
@@ -273,10 +329,21 @@ class _Fit:
             return ""
         for name, whole in kept.items():
             setattr(self.config, name, whole)
-        for config, entries in old.values():
-            for name, value in entries.items():
-                set_entry(config, name, value)
+        _restore(old)
         return "the module reads it when it runs"
+
+    def _say(self, built: nn.Module, found: Entries) -> list[tuple[Any, Entries]]:
+        """Take over what the configurations of a built module say in the entries found; what ours said before."""
+        old = [(c, integer_entries(c)) for _, c in configs(self.module)]
+        here = dict(built.named_modules())
+        leaves = {n.rpartition(".")[2] for n in found}
+        for path, config in configs(self.module):
+            like = vars(here[path]).get("config") if path in here else None
+            if like is not None:
+                for name, value in integer_entries(like).items():
+                    if name.rpartition(".")[2] in leaves:
+                        set_entry(config, name, value)
+        return old
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.graph.source.args, self.graph.source.kwargs
@@ -306,49 +373,18 @@ class _Fit:
         return seen[0][0], [t.clone() for t in tensors]
 
 
+def _restore(old: list[tuple[Any, Entries]]) -> None:
+    for config, entries in old:
+        for name, value in entries.items():
+            set_entry(config, name, value)
+
+
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     """Bit for bit: the same operations on the same numbers; anything less may be another function that is close."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _all_sizes(m: nn.Module) -> dict[tuple[str, str], Any]:
-    return {(path, key): _plain(value) for path, s in m.named_modules() for key, value in sizes_of(s)}
-
-
-def _shapes(m: nn.Module) -> dict[str, tuple[int, ...]]:
-    named = [*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)]
-    return {n: tuple(t.shape) for n, t in named}
 
 
 def _apart(wanted: tuple[int, ...], have: tuple[int, ...] | None) -> int:
     if have is None or len(have) != len(wanted):
         return len(wanted) + 1
     return sum(w != h for w, h in zip(wanted, have, strict=True))
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int) else tuple(value)
-
-
-def _uninitialised() -> AbstractContextManager[Any]:
-    """transformers' own context in which parameters get no random values, where it has one."""
-    library = sys.modules.get("transformers.initialization")
-    skip = getattr(library, "no_init_weights", None)
-    return nullcontext() if skip is None else skip()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without data and buffers with it: cheap, and tables can be compared."""
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        original(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]

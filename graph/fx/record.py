@@ -42,9 +42,10 @@ class Recorded:
 
     Every size is a constant of the example call. Weights are the caller's own tensors; the call itself ran on meta
     tensors, so nothing was computed. Control flow that reads tensor data cannot be recorded (CannotRecord).
+    ``compiling``: what torch.compiler tells the model that asks whether it is traced (True: as torch.export does).
     """
 
-    def __init__(self, found: Capture) -> None:
+    def __init__(self, found: Capture, compiling: bool = True) -> None:
         assert found.module is not None
         self.notes: list[str] = []
         self.tensors: dict[str, tuple[torch.Tensor, str]] = {}
@@ -52,6 +53,7 @@ class Recorded:
         self.mode = None
         flat, self.in_spec = pytree.tree_flatten((found.args, found.kwargs))
         tape = Tape(found.module, self.tensors)
+        tape.compiling = compiling
         args, kwargs = pytree.tree_unflatten(tape.inputs(flat, _leaf_names(found)), self.in_spec)
         try:
             result = tape.play(args, kwargs)

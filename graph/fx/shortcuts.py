@@ -110,6 +110,67 @@ def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
     return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        return None
+    if not x.is_contiguous() or not (bias is None or _vector(bias, weight.shape[0], x.dtype)):
+        return None
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
+
+
+def _vector(t: torch.Tensor, size: int, dtype: torch.dtype) -> bool:
+    return t.ndim == 1 and t.shape[0] == size and t.dtype == dtype
+
+
+def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if a.ndim != 2 or b.ndim != 2 or a.dtype != b.dtype or not a.is_floating_point():
+        return None
+    if a.shape[1] != b.shape[0] or not _vector(bias, b.shape[1], a.dtype):
+        return None
+    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> Any:
+    if a.ndim != b.ndim or a.ndim < 2 or a.dtype != b.dtype or a.shape[-1] != b.shape[-2]:
+        return None
+    if a.shape[:-2] != b.shape[:-2]:
+        return None
+    return torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype, device="meta")
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attn_mask: torch.Tensor | None = None,
+) -> Any:
+    mask = attn_mask if mask is None else mask
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.ndim == k.ndim == v.ndim >= 3:
+        return None
+    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        return None
+    if mask is not None:
+        scores = (*q.shape[:-1], k.shape[-2])
+        fits = mask.ndim <= len(scores) and all(
+            n in (1, s) for n, s in zip(mask.shape, scores[len(scores) - mask.ndim :], strict=True)
+        )
+        if is_causal or not fits or mask.dtype not in (torch.bool, q.dtype):
+            return None
+    return torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device="meta")
+
+
+def _embedding(weight: torch.Tensor, indices: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    if weight.ndim != 2 or indices.dtype not in (torch.int64, torch.int32):
+        return None
+    return torch.empty((*indices.shape, weight.shape[1]), dtype=weight.dtype, device="meta")
+
+
 def _rules(table: dict[str, Rule], in_place: bool = False) -> dict[Any, Rule]:
     """Rules by overload, for every default or tensor overload of the named packets (and their in-place twins)."""
     found: dict[Any, Rule] = {}
@@ -142,6 +203,11 @@ _RULES: dict[Any, Rule] = {
             "mean": _mean,
             "adaptive_avg_pool2d": _adaptive_pool,
             "softmax log_softmax": _softmax,
+            "linear": _linear,
+            "addmm": _addmm,
+            "matmul bmm mm": _matmul,
+            "scaled_dot_product_attention": _attention,
+            "embedding": _embedding,
         }
     ),
 }

@@ -1,0 +1,89 @@
+"""Building a module from a configuration to look at it: parameters without data, and which entries were read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config_entries import is_config, sizes_of
+
+
+def built_from(kind: type[nn.Module], config: Any) -> nn.Module | None:
+    """A module of this class from a configuration: parameters on the meta device, buffers with data; None if it fails.
+
+    Nothing is drawn from the caller's random state.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _uninitialised():
+            return kind(config)
+    except Exception:  # user code: a width that is no multiple of the heads, a class with other arguments
+        return None
+
+
+def all_sizes(m: nn.Module) -> dict[tuple[str, str], Any]:
+    return {(path, key): _plain(value) for path, s in m.named_modules() for key, value in sizes_of(s)}
+
+
+def shapes_of(m: nn.Module) -> dict[str, tuple[int, ...]]:
+    named = [*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)]
+    return {n: tuple(t.shape) for n, t in named}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else tuple(value)
+
+
+@contextmanager
+def entries_read(config: Any) -> Iterator[set[str]]:
+    """Names of the attributes that are read meanwhile, of any configuration of these classes."""
+    read: set[str] = set()
+    classes = {type(config), *(type(v) for v in vars(config).values() if is_config(v))}
+    kinds = [c for c in classes if not any(c is not d and issubclass(c, d) for d in classes)]
+    before = {kind: vars(kind).get("__getattribute__") for kind in kinds}
+
+    def watched(original: Any) -> Any:
+        def get(self: Any, name: str) -> Any:
+            read.add(name)
+            return original(self, name)
+
+        return get
+
+    for kind in kinds:
+        kind.__getattribute__ = watched(kind.__getattribute__)  # type: ignore[method-assign]
+    try:
+        yield read
+    finally:
+        for kind, own in before.items():
+            if own is None:
+                del kind.__getattribute__
+            else:
+                kind.__getattribute__ = own  # type: ignore[method-assign]
+
+
+def _uninitialised() -> AbstractContextManager[Any]:
+    """transformers' own context in which parameters get no random values, where it has one."""
+    library = sys.modules.get("transformers.initialization")
+    skip = getattr(library, "no_init_weights", None)
+    return nullcontext() if skip is None else skip()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without data and buffers with it: cheap, and tables can be compared."""
+    original = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(self, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

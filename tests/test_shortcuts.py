@@ -1,0 +1,80 @@
+"""Results of frequent calls on meta tensors: what a rule says is what torch's own shape functions say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from foldline.graph.fx.shortcuts import shortcut
+
+aten = torch.ops.aten
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def turned(*shape: int) -> torch.Tensor:
+    """Of this shape, its last two axes swapped in memory."""
+    return meta(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+
+
+X, INDEX = meta(2, 5, 6), meta(2, 5, dtype=torch.int64)
+QKV = [meta(2, 4, 5, 6), meta(2, 4, 7, 6), meta(2, 4, 7, 3)]
+NARROW = [q.to(torch.bfloat16) for q in QKV]
+ATTEND = aten.scaled_dot_product_attention.default
+FITTING: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+    (aten.linear.default, (X, meta(9, 6), meta(9)), {}),
+    (aten.linear.default, (meta(6), meta(9, 6)), {}),
+    (aten.linear.default, (meta(3, 6), turned(9, 6), meta(9)), {}),
+    (aten.linear.default, (meta(2, 3, 4, 6), meta(9, 6)), {}),
+    (aten.addmm.default, (meta(9), meta(5, 6), meta(6, 9)), {}),
+    (aten.addmm.default, (meta(9), turned(5, 6), turned(6, 9)), {"alpha": 2}),
+    (aten.mm.default, (turned(5, 6), meta(6, 9)), {}),
+    (aten.bmm.default, (turned(2, 5, 6), meta(2, 6, 9)), {}),
+    (aten.matmul.default, (meta(2, 4, 5, 6), turned(2, 4, 6, 7)), {}),
+    (aten.matmul.default, (meta(2, 5, 4, 6).transpose(1, 2), meta(2, 4, 6, 7)), {}),
+    (ATTEND, tuple(QKV), {}),
+    (ATTEND, tuple(NARROW), {"is_causal": True}),
+    (ATTEND, (*[meta(2, 5, 4, 6).transpose(1, 2)] * 3,), {"scale": 0.5}),
+    (ATTEND, (*QKV, meta(2, 1, 5, 7, dtype=torch.bool)), {}),
+    (ATTEND, tuple(QKV), {"attn_mask": meta(5, 7)}),
+    (aten.embedding.default, (meta(11, 6), INDEX), {}),
+    (aten.embedding.default, (meta(11, 6), INDEX, 0), {}),
+]
+
+
+@pytest.mark.parametrize("case", FITTING, ids=lambda c: str(c[0]))
+def test_a_rule_says_what_torch_says(case: Any) -> None:
+    func, args, kwargs = case
+    found, wanted = shortcut(func, args, kwargs), func(*args, **kwargs)
+    assert found is not None, "no rule took it"
+    assert (found.shape, found.stride(), found.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+    assert found.is_meta
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (aten.linear.default, (X, meta(9, 5))),
+        (aten.linear.default, (X, meta(9, 6), meta(8))),
+        (aten.addmm.default, (meta(8), meta(5, 6), meta(6, 9))),
+        (aten.mm.default, (meta(5, 6), meta(5, 9))),
+        (aten.matmul.default, (meta(2, 5, 6), meta(3, 6, 9))),
+        (ATTEND, (QKV[0], QKV[1], meta(2, 4, 6, 3))),
+        (ATTEND, (*QKV, meta(2, 1, 4, 7, dtype=torch.bool))),
+        (aten.embedding.default, (meta(11, 6), meta(2, 5))),
+    ],
+    ids=lambda c: str(c[0]),
+)
+def test_what_does_not_fit_is_left_to_torch(case: Any) -> None:
+    func, args = case
+    assert shortcut(func, args, {}) is None
+    with pytest.raises(RuntimeError):
+        func(*args)
+
+
+def test_mixed_types_are_left_to_torch() -> None:
+    assert shortcut(aten.linear.default, (X, meta(9, 6, dtype=torch.float64)), {}) is None
+    assert shortcut(ATTEND, (*QKV, meta(5, 7, dtype=torch.float64)), {}) is None
