@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from foldline.graph.errors import ConstraintError
 from foldline.graph.execute import run_graph
 from foldline.graph.ir import Graph
 from foldline.passes.gradients import Example, losses_of
+from foldline.passes.quantize.archive import read_archive
 from foldline.passes.quantize.choices import narrowed
 from foldline.passes.quantize.sensitivity.integral import by_layer, local_scores, post_quantization_integral
 from foldline.passes.quantize.sensitivity.layers import layers
 from foldline.passes.quantize.sensitivity.measured import Trial, measure
-from foldline.passes.quantize.sensitivity.sparse import split_dense_sparse
+from foldline.passes.quantize.sensitivity.sparse import split_dense_sparse, store_dense_sparse
 from scipy.stats import spearmanr
 from support.data import cifar10, trained_resnet
 from support.quantized import WEIGHTS
@@ -177,3 +180,24 @@ def test_dense_and_sparse_beat_plain_rounding_bytes_counted() -> None:
     none = split_dense_sparse(graph, form, data, outliers=0, significant=0)
     for layer in layers(graph):
         np.testing.assert_array_equal(none[layer.weight.name].numbers(), layer.rounded(form))
+
+
+@pytest.mark.parametrize("granularity", ["out_channel", "tensor"])
+def test_dense_and_sparse_are_a_file_that_gives_the_weights_back(granularity: str, tmp_path: Path) -> None:
+    graph, data = trained_classifier()
+    form = narrowed(replace(WEIGHTS, granularity=granularity), 3)
+    split = split_dense_sparse(graph, form, data, outliers=0.02, significant=0.02, steps=1, points=4)
+    path = store_dense_sparse(graph, split).save(tmp_path / "weights.flw")
+    back = read_archive(path)
+    assert set(back.tensors()) == set(graph.weights)
+    for name, weight in graph.weights.items():
+        np.testing.assert_array_equal(back.tensors()[name], weight.numpy())
+    for name, made in split.items():
+        np.testing.assert_array_equal(graph.weight(name).numpy(), made.numbers())
+        np.testing.assert_array_equal(back.integers(name), made.integers)
+    others = sum(w.size * 4 for n, w in graph.weights.items() if n not in split)
+    header = 2500  # names, shapes and the coder's table of frequencies
+    assert path.stat().st_size < sum(s.bytes for s in split.values()) + others + header
+    blocks = split_dense_sparse(graph, replace(form, granularity="block", block=4), data, significant=0)
+    with pytest.raises(ConstraintError, match="scale per block"):
+        store_dense_sparse(graph, blocks)

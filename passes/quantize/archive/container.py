@@ -27,8 +27,8 @@ class Entry:
     """One tensor: what to restore, and how.
 
     Attributes:
-        codec: ``raw`` (bytes), ``grid`` (integers times a step, entropy-coded), ``vq`` (codes of a shared codebook
-            times a scale).
+        codec: ``raw`` (bytes), ``grid`` (integers times a step, entropy-coded), ``sparse`` (a grid, with some elements
+            apart: their positions and float16 values behind it), ``vq`` (codes of a shared codebook times a scale).
         facts: what the codec needs besides the payload; plain data, part of the header.
     """
 
@@ -62,13 +62,24 @@ class Archive:
 
     def add_grid(self, name: str, data: np.ndarray, integers: np.ndarray, step: np.ndarray, axis: int) -> None:
         """``integers * step`` with one step in all or per index of ``axis``, float32; ``data`` gives the dtype."""
-        low = int(integers.min(initial=0))
-        symbols = integers.astype(np.int64).ravel() - low
-        counts = np.bincount(symbols)
-        freq = rans.frequencies(counts)
-        payload = np.asarray(step, "<f4").tobytes() + rans.encode(symbols, freq)
-        facts = {"low": low, "steps": int(np.size(step)), "axis": axis, "freq": freq.tolist()}
+        payload, facts = _coded(integers, step, axis)
         self.entries.append(Entry(name, data.shape, data.dtype.name, "grid", payload, facts))
+
+    def add_sparse(
+        self,
+        name: str,
+        data: np.ndarray,
+        integers: np.ndarray,
+        step: np.ndarray,
+        axis: int,
+        index: np.ndarray,
+        values: np.ndarray,
+    ) -> None:
+        """:meth:`add_grid`, except for the elements at the flat positions ``index``, which are ``values`` (float16)."""
+        payload, facts = _coded(integers, step, axis)
+        facts |= {"grid": len(payload), "apart": int(index.size)}
+        payload += np.asarray(index, _index(integers.size)).tobytes() + np.asarray(values, "<f2").tobytes()
+        self.entries.append(Entry(name, data.shape, data.dtype.name, "sparse", payload, facts))
 
     def add_vq(self, name: str, data: np.ndarray, codes: np.ndarray, scale: float, book: str, bits: int) -> None:
         """Groups of consecutive numbers as codes of a codebook, times a scale."""
@@ -81,21 +92,27 @@ class Archive:
         return {e.name: self._restore(e) for e in self.entries}
 
     def integers(self, name: str) -> np.ndarray:
-        """The integers of a tensor in codec ``grid``."""
-        entry = next(e for e in self.entries if e.name == name and e.codec == "grid")
+        """The integers of a tensor in codec ``grid`` or ``sparse``."""
+        entry = next(e for e in self.entries if e.name == name and e.codec in ("grid", "sparse"))
         freq = np.asarray(entry.facts["freq"], np.uint32)
         count = int(np.prod(entry.shape, dtype=np.int64))
-        symbols = rans.decode(entry.payload[4 * entry.facts["steps"] :], count, freq)
+        symbols = rans.decode(entry.payload[4 * entry.facts["steps"] : entry.facts.get("grid")], count, freq)
         return (symbols + entry.facts["low"]).reshape(entry.shape)
 
     def _restore(self, entry: Entry) -> np.ndarray:
         dtype = _dtype(entry.dtype)
         if entry.codec == "raw":
             return np.frombuffer(entry.payload, dtype).reshape(entry.shape).copy()
-        if entry.codec == "grid":
+        if entry.codec in ("grid", "sparse"):
             step = np.frombuffer(entry.payload, "<f4", entry.facts["steps"])
             shape = [-1 if i == entry.facts["axis"] else 1 for i in range(len(entry.shape))]
-            return (self.integers(entry.name).astype(np.float32) * step.reshape(shape)).astype(dtype)
+            numbers = self.integers(entry.name).astype(np.float32) * step.reshape(shape)
+            if entry.codec == "sparse":
+                at, count = entry.facts["grid"], entry.facts["apart"]
+                index = np.frombuffer(entry.payload, _index(numbers.size), count, at)
+                values = np.frombuffer(entry.payload, "<f2", count, at + index.nbytes)
+                numbers.reshape(-1)[index] = values
+            return numbers.astype(dtype)
         if entry.codec == "vq":
             book, facts = self.codebooks[entry.facts["book"]], entry.facts
             codes = unpack(_planes(entry.payload, facts["count"], facts["bits"]), facts["bits"], facts["count"])[0]
@@ -144,6 +161,20 @@ def read_archive(source: str | Path | bytes) -> Archive:
         archive.entries.append(Entry(name, tuple(shape), dtype, codec, data[at : at + length], facts))
         at += length
     return archive
+
+
+def _coded(integers: np.ndarray, step: np.ndarray, axis: int) -> tuple[bytes, dict[str, Any]]:
+    """Payload and facts of integers on a grid."""
+    low = int(integers.min(initial=0))
+    symbols = integers.astype(np.int64).ravel() - low
+    freq = rans.frequencies(np.bincount(symbols))
+    payload = np.asarray(step, "<f4").tobytes() + rans.encode(symbols, freq)
+    return payload, {"low": low, "steps": int(np.size(step)), "axis": axis, "freq": freq.tolist()}
+
+
+def _index(size: int) -> str:
+    """Type of positions in a tensor of that many elements."""
+    return "<u2" if size <= 2**16 else "<u4"
 
 
 def _planes(payload: bytes, count: int, bits: int) -> list[np.ndarray]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....graph.errors import ConfigError
+from ....graph.errors import ConfigError, ConstraintError
 from ....graph.ir import Graph
 from ...base import Progress, no_progress
 from ...gradients import Example, Loss
@@ -15,6 +16,9 @@ from ..numerics import QuantParams, weight_params
 from ..spec import TensorFormat
 from .integral import POINTS, post_quantization_integral
 from .layers import Layer, layers
+
+if TYPE_CHECKING:
+    from ..archive import Archive
 
 VALUE_BYTES = 2
 """Sparse values are float16."""
@@ -76,8 +80,8 @@ def split_dense_sparse(
     makes the share of each layer follow its need. Source: "Identifying Sensitive Weights via Post-quantization
     Integral" (ReQuant).
 
-    Cost: ``steps`` integrals of ``points`` forward and backward runs. Nothing is written into the graph; with
-    ``graph.set_weight(graph.weight(name), split.numbers())`` it computes what the split stands for.
+    Cost: ``steps`` integrals of ``points`` forward and backward runs. Nothing is written into the graph;
+    :func:`store_dense_sparse` makes a file of the result and a graph that computes what it stands for.
 
     Raises:
         ConfigError: a share is out of range. ConstraintError: there is no data.
@@ -106,6 +110,43 @@ def split_dense_sparse(
         values = w.reshape(-1)[index].astype(np.float16)
         result[name] = DenseSparse(integers, grids[name], index, values, count[name], layer.bytes(form))
     return result
+
+
+def store_dense_sparse(graph: Graph, split: Mapping[str, DenseSparse]) -> Archive:
+    """Put what the split stands for into the graph's weights, and everything that it stores into an archive.
+
+    In the archive a split weight is its integers, entropy-coded, their scales, and positions and float16 values of the
+    elements apart (codec ``sparse``); other weights are stored as they are. ``read_archive(file).tensors()`` gives the
+    graph's weights back, bit for bit. No runtime at hand multiplies with such a pair: ONNX Runtime has no sparse
+    operand for MatMul or Conv on the CPU, and a dense part with a ScatterND behind it is folded into a float weight
+    when the file is loaded, so that a graph of these operators would be no smaller in memory. The archive is therefore
+    the form in which the split saves bytes; the graph stays one of float weights.
+
+    Raises:
+        ConstraintError: a weight is split in blocks (a step per output channel or in all can be stored).
+    """
+    from ..archive import Archive
+
+    archive = Archive()
+    for name, made in split.items():
+        if made.params.block or np.ndim(made.params.scale) > 1:
+            raise ConstraintError(
+                "a weight with a scale per block cannot be stored as dense and sparse", value=name,
+                expected="granularity tensor or out_channel", found=f"blocks of {made.params.block}",
+            )  # fmt: skip
+        graph.set_weight(graph.weight(name), made.numbers())
+    for name, weight in graph.weights.items():
+        data = weight.numpy()
+        if name not in split:
+            archive.add_raw(name, data)
+            continue
+        made = split[name]
+        axis = 0 if made.params.axis is None else made.params.axis
+        shape = [-1 if i == axis else 1 for i in range(data.ndim)]
+        zero = np.asarray(made.params.zero_point).astype(np.int64).reshape(shape)
+        integers = made.integers.astype(np.int64) - zero
+        archive.add_sparse(name, data, integers, made.params.scale, axis, made.index, made.values)
+    return archive
 
 
 def _grid(layer: Layer, w: np.ndarray, apart: np.ndarray, form: TensorFormat) -> QuantParams:

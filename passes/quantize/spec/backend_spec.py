@@ -35,12 +35,10 @@ class ExportRules:
     Attributes:
         zero_points: ``always`` writes zero points even where they are 0; ``nonzero`` leaves those out.
         opset: least ONNX opset of the file; None: what the model has, raised where a type needs it.
-        contrib_domain: domain for operators that ONNX has not (``"com.microsoft"``); None: none may be written.
     """
 
     zero_points: Literal["always", "nonzero"] = "always"
     opset: int | None = None
-    contrib_domain: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from ....graph.errors import ConfigError
 from ....graph.ir import Node
+from .attention import packed_attention
 from .formats import STRICT, TensorFormat
 
 Role: TypeAlias = Literal["anchor", "join", "residual", "carry", "table", "weight_only", "float"]
@@ -46,7 +47,8 @@ class OpPlacement:
             a mapping with any of ``min``, ``max``, ``multiple_of``. Names are canonical attributes and: ``rank`` (of
             operand 0), ``weight_rank``, ``float_operands`` (activations among the operands, the others being
             constants), ``in_channels``, ``out_channels``, ``kernel`` (elements of a convolution's window),
-            ``depthwise``.
+            ``depthwise``, ``spatial`` (a reduction over exactly the axes behind the second), ``packed_attention`` (the
+            result is cut into query, key and value).
         reason: why, where it is worth telling the user (``float``).
     """
 
@@ -109,6 +111,8 @@ class OpPlacement:
             return shape is not None and groups > 1 and groups == channels(node, shape)[0]
         if key == "spatial":  # a reduction over exactly the axes behind the second
             return x is not None and x.rank is not None and sorted(node.attrs.get("axes") or ()) == [*range(2, x.rank)]
+        if key == "packed_attention":
+            return packed_attention(node)
         return node.attrs.get(key)
 
 
