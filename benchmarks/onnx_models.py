@@ -1,14 +1,15 @@
 """Every architecture from its ONNX file alone: exported once, then folded and pruned, both judged in ONNX Runtime.
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_models.py --json FILE [--timm] [--minutes 60] [--retry] [MODEL ...]
-    OMP_NUM_THREADS=1 python benchmarks/onnx_models.py --json FILE --table
+    python benchmarks/onnx_models.py --json FILE --table
 
 Models: ``architectures.py``, with ``--timm`` every architecture of timm (of the variants that one module of timm
 defines, those with the fewest parameters first, up to ``--parameters``). Batch-norm statistics, gains and layer scales
 are random, so that no branch is the identity or hidden behind a zero. Batch 2; 128 x 128 pixels where the model takes
 them, else its own size. Each step of a model runs in a process of its own, 10 GiB of address space:
 
-- export: ``torch.onnx.export(dynamo=True, optimize=False)``, and the same program after the exporter's own optimizer.
+- export: ``torch.onnx.export(dynamo=True, optimize=False)``, and the same program after the exporter's own optimizer;
+  or, several times faster, torch's older exporter without any folding (``--exporter torchscript``, told in the table).
 - fold: ``P.fold`` on the file as exported, both run with ONNX Runtime's graph optimizations off. "error" is relative to
   the largest number of the output; wrong is above 1e-4, another shape, or NaN where there was none.
 - prune: ``P.prune(file, ratio=0.5, verify=True)`` on the exporter's optimized file, nothing else said. Good is: fewer
@@ -22,6 +23,7 @@ FILE holds one line of JSON per model; models that it names are not run again (`
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import tempfile
@@ -44,33 +46,55 @@ def build(name: str, pixels: int | None) -> tuple[Any, Any]:
     return randomize(model), inputs
 
 
-def export(name: str, folder: str, limit: float) -> dict[str, Any]:
+def export(name: str, folder: str, limit: float, exporter: str = "dynamo") -> dict[str, Any]:
     """Write raw.onnx, plain.onnx and inputs.npz; raises what torch raises at the model's own image size."""
-    import torch
-
     for pixels in [None] if name.startswith("hf:") else [PIXELS, None]:
         try:
             model, inputs = build(name, pixels)
             if (size := architectures.parameters_of(model)) > limit:
                 return {"skipped": f"{size / 1e6:.0f} M parameters"}
             architectures.output_of(model, inputs)
-            args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), None)
-            program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
+            raw, plain = EXPORTERS[exporter](model, inputs)
         except Exception:  # many take no other size than their own: that one is tried before giving up
             if pixels is None:
                 raise
             continue
         break
-    assert program is not None
-    raw = program.model_proto
     _write(Path(folder) / "raw.onnx", raw)
-    program.optimize()
-    plain = program.model_proto
     _write(Path(folder) / "plain.onnx", plain)
     given = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
     feeds = {v.name: x.numpy() for v, x in zip(raw.graph.input, given, strict=True)}
     np.savez(Path(folder) / "inputs.npz", **feeds)
-    return {"nodes": [len(raw.graph.node), len(plain.graph.node)], "parameters": size, "pixels": pixels}
+    nodes = [len(raw.graph.node), len(plain.graph.node)]
+    return {"nodes": nodes, "parameters": size, "pixels": pixels, "exporter": exporter}
+
+
+def by_dynamo(model: Any, inputs: Any) -> tuple[Any, Any]:
+    """(the file as exported, the same after the exporter's own optimizer)."""
+    import torch
+
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), None)
+    program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, optimize=False, verbose=False)
+    assert program is not None
+    raw = program.model_proto
+    program.optimize()
+    return raw, program.model_proto
+
+
+def by_torchscript(model: Any, inputs: Any) -> tuple[Any, Any]:
+    """The older exporter's file, twice: batch norms not folded, shape arithmetic left in."""
+    import onnx
+    import torch
+
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (tuple(inputs), None)
+    buffer, keep = io.BytesIO(), torch.onnx.TrainingMode.PRESERVE
+    options = dict(opset_version=17, training=keep, do_constant_folding=False, input_names=list(kwargs or ()) or None)
+    torch.onnx.export(model, args, buffer, kwargs=kwargs, dynamo=False, verbose=False, **options)
+    raw = onnx.load_from_string(buffer.getvalue())
+    return raw, raw
+
+
+EXPORTERS = {"dynamo": by_dynamo, "torchscript": by_torchscript}
 
 
 def fold(folder: str) -> dict[str, Any]:
@@ -126,10 +150,13 @@ def _write(path: Path, proto: Any) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
-def measure(name: str, limit: float, timeout: float, keep: Path | None) -> dict[str, Any]:
+def measure(name: str, exporter: str, limit: float, timeout: float, keep: Path | None) -> dict[str, Any]:
     """One line of the results; where a step fails and ``keep`` is given, the exported files are left there."""
     with tempfile.TemporaryDirectory(prefix="onnx-models-") as folder:
-        found: dict[str, Any] = {"model": name, "export": isolated(export, name, folder, limit, limit=timeout)}
+        found: dict[str, Any] = {
+            "model": name,
+            "export": isolated(export, name, folder, limit, exporter, limit=timeout),
+        }
         if "failed" not in found["export"] and "skipped" not in found["export"]:
             found["fold"] = isolated(fold, folder, limit=timeout)
             found["prune"] = isolated(prune, folder, limit=timeout)
@@ -171,7 +198,8 @@ def row(found: dict[str, Any]) -> str:
         left = pruned["failed"]
     else:
         left = f"{pruned['share']:.2f}, " + ("statistics only" if pruned["error"] is None else f"{pruned['error']:.0e}")
-    return f"| {found['model']} | {made['nodes'][0]} | {nodes} | {error} | {left} |"
+    mark = " (torchscript)" if made.get("exporter") == "torchscript" else ""
+    return f"| {found['model']}{mark} | {made['nodes'][0]} | {nodes} | {error} | {left} |"
 
 
 def totals(lines: list[dict[str, Any]]) -> str:
@@ -197,6 +225,7 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="run models again whose line tells of a failure")
     parser.add_argument("--table", action="store_true", help="print --json as markdown and run nothing")
     parser.add_argument("--timm", action="store_true", help="timm's whole list")
+    parser.add_argument("--exporter", choices=list(EXPORTERS), default="dynamo")
     parser.add_argument("--parameters", type=float, default=60e6, help="limit of --timm")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--timeout", type=float, default=240, help="seconds for each step of a model")
@@ -221,7 +250,7 @@ def main() -> None:
     for name in (n for n in chosen if n not in done):
         if time.monotonic() - start > 60 * args.minutes:
             break
-        found = measure(name, args.parameters if args.timm else math.inf, args.timeout, args.keep)
+        found = measure(name, args.exporter, args.parameters if args.timm else math.inf, args.timeout, args.keep)
         ran.append(found)
         print(row(found), flush=True)
         if args.json:

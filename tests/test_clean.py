@@ -63,7 +63,17 @@ X = {"x": normal(2, 3, 4)}
 ONE = {"one": np.ones(1, np.float32), "zero": np.zeros((), np.float32)}
 AXIS = {"ax": np.asarray([1])}
 
+SQUARE = np.arange(4).reshape(2, 2, 1)
+CUBE = np.arange(24).reshape(2, 3, 4)
+FLAT = {"f": np.asarray([-1])}
+
 KEPT = [
+    ("a = Gather<axis=1>(x, i)  y = Relu(a)", {"i": np.asarray([0, 1, 2])}, ["Relu"]),
+    ("a = Gather<axis=1>(x, i)  y = Relu(a)", {"i": np.asarray([0, 2, 1])}, ["Gather", "Relu"]),
+    ("a = Gather<axis=1>(x, i)  y = Relu(a)", {"i": np.asarray([0, 1])}, ["Gather", "Relu"]),
+    ("a = Gather<axis=2>(x, i)  b = Reshape(a, s)  y = Relu(b)", {"i": SQUARE, "s": np.asarray([2, 3, 4])}, ["Relu"]),
+    ("a = Reshape(x, f)  b = Gather<axis=0>(a, i)  y = Relu(b)", FLAT | {"i": CUBE}, ["Relu"]),
+    ("a = Reshape(x, f)  b = Gather<axis=0>(a, i)  y = Relu(b)", FLAT | {"i": 23 - CUBE}, 3),
     ("a = Mul(x, one)  y = Relu(a)", ONE, ["Relu"]),
     ("a = Mul(one, x)  b = Sub(a, zero)  c = Div(b, one)  d = Pow(c, one)  y = Add(zero, d)", ONE, 1),
     ("a = Sub(zero, x)  y = Div(one, a)", ONE, ["Sub", "Div"]),

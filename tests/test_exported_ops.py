@@ -61,3 +61,32 @@ def test_what_a_gather_nd_indexes_stays_whole_and_what_it_passes_on_is_pruned(ba
     assert after["v"] == (4, 5) and after["w"] == (3, 24), "eight columns of each of six rows become four"
     rows = next(g for g in axis_groups(graph) if g.size == 6)
     assert "indexed by data" in rows.why()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_channels_pass_a_gather_that_lays_positions_out_in_order(shared: bool) -> None:
+    """as_strided of a contiguous tensor is exported as a reshape to one axis and a gather of 0, 1, 2, ..."""
+    text = f"""<ir_version: 9, opset_import: ["": 18]>
+    net (float[2,3,6,6] x) => (float[2,5] y, float[2,5] z) {{
+      h = Conv (x, w)
+      m = GlobalAveragePool (h)
+      r = Reshape (m, flat)
+      g = Gather <axis = 0> (r, where)
+      f = Flatten (g)
+      y = Gemm <transB = 1> (f, v)
+      h2 = Conv (x, w2)
+      m2 = GlobalAveragePool (h2)
+      r2 = Reshape (m2, flat)
+      g2 = Gather <axis = 0> (r2, {"where" if shared else "where2"})
+      f2 = Flatten (g2)
+      z = Gemm <transB = 1> (f2, v2)
+    }}"""
+    order = {k: np.arange(16).reshape(2, 8, 1, 1) for k in (["where"] if shared else ["where", "where2"])}
+    weights = {"w": rand(8, 3, 3, 3), "v": rand(5, 8), "w2": rand(8, 3, 3, 3), "v2": rand(5, 8)}
+    model = parsed(text, **weights, flat=np.array([-1]), **order)
+    after = sizes(pruned(model))
+    assert after["v"] == after["v2"] == (5, 4) and after["w"] == after["w2"] == (4, 3, 3, 3)
+    # One branch loses more than the other: each gather gets positions of its own.
+    result = P.prune(model, ratio=0.5, overrides={"w2*": 0.25}, verify=True)
+    assert result.report.passes[0].details["identity"]["relative_error"] <= 1e-5
+    assert sizes(result.model)["v2"] == (5, 6) and sizes(result.model)["v"] == (5, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from ..ir import Node, Value
 from ..refine import Conflict, factor, permute
 from ..space import UNIT, Space, fresh, make_prod, norm
 from .elementwise import broadcast
+from .shaping import reshape_spaces
 from .table import rule
 
 if TYPE_CHECKING:
@@ -187,12 +189,24 @@ def _einsum(an: Analysis, node: Node) -> None:
     an.set(node.output, [norm(spaces[label]) for label in right], [zero[label] for label in right])
 
 
+def counts_up(index: np.ndarray) -> bool:
+    """Whether an index tensor holds 0, 1, 2, ... in order: taking by it lays an axis out in the tensor's shape."""
+    flat = index.reshape(-1)
+    # most index tables differ from it at their end already
+    return bool(flat.size) and bool(flat[-1] == flat.size - 1) and bool((flat == np.arange(flat.size)).all())
+
+
 def _gather_update(re: Resize, node: Node) -> dict[str, Any]:
     index = re.memo(node).get("index")
     if index is None:
         return {}
     data, axis = node.inputs[0], node.attrs["axis"]
     assert data is not None
+    if index.ndim != 1:  # positions 0, 1, 2, ... laid out anew: as many as are left
+        sizes = re.shape(node.output)[axis : axis + index.ndim]
+        return (
+            {} if sizes == list(index.shape) else {"input:1": np.arange(prod(sizes), dtype=index.dtype).reshape(sizes)}
+        )
     if not re.touched(data, axis) and not re.touched(node.output, axis):
         return {}
     rank_of = np.full(re.analysis.of(data)[axis].size, -1)
@@ -208,9 +222,15 @@ def _gather(an: Analysis, node: Node) -> None:
     axis = node.attrs["axis"]
     spaces, own = list(an.of(data)), an.of(indices)
     zero = an.zeros(data)
-    index = indices.const() if indices.is_const and len(own) == 1 else None
+    index = indices.const() if indices.is_const and own else None
     middle: list[Space]
-    if index is not None and index.size:
+    if index is not None and len(own) > 1:
+        index = index if index.size == spaces[axis].size and not an.is_const(data) and counts_up(index) else None
+    if index is not None and len(own) > 1:
+        an.freeze(list(own), "length of an index list", node)
+        middle, middle_zero, _ = reshape_spaces(an, node, [spaces[axis]], [zero[axis]], list(index.shape))
+        an.memo[node] = {"index": index}
+    elif index is not None and index.size:
         an.freeze(list(own), "length of an index list", node)
         index = np.where(index < 0, index + spaces[axis].size, index)
         try:

@@ -1,11 +1,14 @@
-"""Nodes that return what they are given: their readers read the operand."""
+"""Nodes that return what they are given, at most laid out anew: their readers read the operand, or a reshape of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import ClassVar
 
-from ...graph.ir import Node
-from ..rewrite import Env, Refusal, Rewrite, Rule
+from ...graph.ir import Graph, Node
+from ...graph.ops.linear import counts_up
+from ..rewrite import Env, Refusal, Rewrite, Rule, Why
 from .common import exactly, fits_into, same_type, stands_for, static
 
 
@@ -143,6 +146,46 @@ class NeutralElement(Rule):
         return None
 
 
-IDENTITY_RULES: list[Rule] = [NoOp(), NeutralElement()]
+class GatherInOrder(Rule):
+    """Write a gather of every position in order as the reshape that it is, or remove it (ONNX).
 
-__all__ = ["IDENTITY_RULES", "NeutralElement", "NoOp"]
+    Identity: ``x[.., i, ..] = reshape(x, (.., *i.shape, ..))`` where the index tensor i holds 0, 1, .., n - 1 and n is
+    the length of the axis. Exporters write as_strided so.
+    Conditions: the index is constant, n known; at most one other size depends on the run, none is 0.
+    Refuses: as no_op does where an index list of one axis is removed; a result that a subgraph reads.
+    """
+
+    name: ClassVar[str] = "gather_in_order"
+    ops: ClassVar[tuple[str, ...]] = ("gather",)
+
+    def match(self, node: Node, env: Env) -> Rewrite | Refusal | None:
+        x, index = node.inputs
+        if env.graph.kind != "onnx" or x is None or index is None or not index.is_const or x.is_const:
+            return None
+        axis, shape = node.attrs["axis"], node.output.shape
+        if x.shape is None or shape is None or not same_type(x, node.output) and index.rank == 1:
+            return None
+        positions = index.const() if index.rank and x.shape[axis] == prod(static(index) or (0,)) else None
+        if positions is None or not counts_up(positions):
+            return None
+        if index.rank == 1:
+            return stands_for(node, x, env, f"all of {x.name} is taken in order")
+        sizes = [d if isinstance(d, int) else None for d in shape]
+        if sizes.count(None) > 1 or 0 in sizes:
+            return Refusal("several sizes are known at run time only, or one is 0", why=Why.SHAPE)
+        if id(node.output) in env.captured:
+            return Refusal(f"{node.output.name} is read by a subgraph", why=Why.CAPTURED)
+
+        def apply(graph: Graph) -> Sequence[Node]:
+            made = graph.insert(
+                "reshape", [x], {"shape": sizes}, name=f"{node.name}_laid", after=node, scope=node.scope
+            )
+            graph.replace_uses(node.output, made.output)
+            return [made]
+
+        return Rewrite([node], apply, "rewritten", f"all of {x.name} is taken in order: a reshape")
+
+
+IDENTITY_RULES: list[Rule] = [NoOp(), NeutralElement(), GatherInOrder()]
+
+__all__ = ["IDENTITY_RULES", "GatherInOrder", "NeutralElement", "NoOp"]
