@@ -34,10 +34,7 @@ from typing import Any
 import architectures
 import numpy as np
 from coverage import isolated
-from fold_models import WRONG, names, randomize, worst
-
-PIXELS = 128
-"""Image size tried first: large enough for strides of 64, a third of the work of 224."""
+from fold_models import PIXELS, WRONG, names, randomize, worst
 
 
 def build(name: str, pixels: int | None) -> tuple[Any, Any]:
