@@ -205,10 +205,15 @@ def checkpoint_name(shape: str, kv_heads: int) -> str:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, rows: torch.Tensor, batch: int = 16) -> float:
-    """exp of the mean cross-entropy over the sequences' next tokens, natural logarithm, per token."""
-    total = 0.0
+def sequence_losses(model: nn.Module, rows: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """Mean cross-entropy of the next tokens of each sequence, natural logarithm per token, float64 [sequences]."""
+    found = []
     for r in rows.split(batch):
         logits = model(input_ids=r[:, :-1]).logits
-        total += float(F.cross_entropy(logits.flatten(0, 1), r[:, 1:].flatten(), reduction="sum"))
-    return math.exp(min(total / (rows.shape[0] * (rows.shape[1] - 1)), 50))
+        found.append(F.cross_entropy(logits.transpose(1, 2), r[:, 1:], reduction="none").double().mean(1))
+    return torch.cat(found)
+
+
+def perplexity(model: nn.Module, rows: torch.Tensor, batch: int = 16) -> float:
+    """exp of the mean cross-entropy over the sequences' next tokens, natural logarithm, per token."""
+    return math.exp(min(float(sequence_losses(model, rows, batch).mean()), 50))

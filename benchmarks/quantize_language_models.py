@@ -7,14 +7,18 @@
 The models are those of language_models.py: 4 layers of width 256, trained by that benchmark on the Python standard
 library's source. Matrices of the blocks and the output matrix are quantized; embeddings stay in float (GPT-2's output
 matrix is tied to its embedding, so it stays too). Weight-only tables: integers with zero points in blocks of
-``--block`` input channels, scales in float16, counted as stored. W4A4: weights per output channel, activations per
-token, asymmetric, ranges found at run time (simulated in torch); the output matrix keeps float inputs.
+``--block`` input channels (0: one scale per output channel), scales in float16, counted as stored. W4A4: weights per
+output channel, activations per token, asymmetric, ranges found at run time (simulated in torch); the output matrix
+keeps float inputs, and so do FlatQuant's two small products. Behind every perplexity: the difference to RTN's of the
+same bits, as the mean over the held-out sequences of the difference in natural logarithm per token, in hundredths, and
+its standard error (paired: the same sequences).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -30,7 +34,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import foldline as fl
 from foldline import passes as P
-from language_models_data import SHAPES, Text, perplexity, text, trained
+from language_models_data import SHAPES, Text, sequence_losses, text, trained
 
 
 @dataclass
@@ -47,24 +51,29 @@ def integers(bits: int, block: int, method: str = "rtn", **options: Any) -> Any:
     return P.WeightOnly(bits=bits, block=block, method=method, options=options)
 
 
-def optional(name: str, **options: Any) -> list[Any]:
-    """A pass of another family. Raises LookupError where this version has none of that name or no such option."""
-    return [P.get(name)(**options)]
-
-
 def weight_rows() -> list[Row]:
+    def awq(b: int, g: int, **more: Any) -> Any:
+        return P.AwqScale(bits=b, block=g, **more)
+
+    searched = {"search": True, "gain": True}
     return [
         Row("RTN", lambda b, g: [integers(b, g)]),
-        Row("RTN, searched ranges", lambda b, g: [integers(b, g, search=True)]),
-        Row("AWQ", lambda b, g: [*optional("awq_scale", bits=b, block=g, clip=True), integers(b, g)]),
+        Row("RTN, ranges by weight error", lambda b, g: [integers(b, g, search=True)]),
+        Row("RTN, ranges by weight error, gain kept", lambda b, g: [integers(b, g, **searched)]),
+        Row("RTN, ranges by output error, gain kept", lambda b, g: [integers(b, g, "weighted", **searched)]),
+        Row("AWQ, scales", lambda b, g: [awq(b, g), integers(b, g)]),
+        Row("AWQ, scales and cuts", lambda b, g: [awq(b, g, clip=True, clip_gain=False), integers(b, g)]),
+        Row("AWQ, scales and cuts, gain kept", lambda b, g: [awq(b, g, clip=True), integers(b, g)]),
         Row("GPTQ", lambda b, g: [integers(b, g, "gptq")]),
-        Row("GPTQ, searched ranges", lambda b, g: [integers(b, g, "gptq", search=True)]),
-        Row("AWQ + GPTQ", lambda b, g: [*optional("awq_scale", bits=b, block=g), integers(b, g, "gptq", search=True)]),
-        Row("SmoothQuant", lambda b, g: [*optional("smooth", weight_bits=b), integers(b, g)]),
-        Row("rotation", lambda b, g: [*rotation(), integers(b, g)]),
-        Row("rotation + GPTQ", lambda b, g: [*rotation(), integers(b, g, "gptq", search=True)]),
-        Row("learned rotation and scales (OSTQuant-like)", lambda b, g: [*learned(b), integers(b, g)]),
-        Row("FlatQuant-like", lambda b, g: [*flat(b, g), integers(b, g)]),
+        Row("GPTQ, ranges searched, gain kept", lambda b, g: [integers(b, g, "gptq", **searched)]),
+        Row("AWQ + GPTQ", lambda b, g: [awq(b, g), integers(b, g, "gptq")]),
+        Row("SmoothQuant", lambda b, g: [P.Smooth(weight_bits=b), integers(b, g)]),
+        Row("rotation", lambda b, g: [P.Rotate(), integers(b, g)]),
+        Row("rotation + GPTQ", lambda b, g: [P.Rotate(), integers(b, g, "gptq")]),
+        Row("learned rotation and scales, layer error", lambda b, g: [learned(b, g, "layers"), integers(b, g)]),
+        Row("learned rotation and scales, KL-Top (OSTQuant)", lambda b, g: [learned(b, g), integers(b, g)]),
+        Row("FlatQuant-like, layer error", lambda b, g: [flat(b, g, "layers"), integers(b, g)]),
+        Row("FlatQuant-like, block error", lambda b, g: [flat(b, g), integers(b, g)]),
         Row("binary-coded, weight error", lambda b, g: [P.WeightOnly(format="bcq", bits=b, block=g)]),
         Row("binary-coded, output error", lambda b, g: [P.WeightOnly(format="bcq", bits=b, block=g, method="gptq")]),
         Row("codebook (k-means)", lambda b, g: [P.WeightOnly(format="kmeans", bits=b, method="weighted")]),
@@ -78,29 +87,52 @@ def weight_rows() -> list[Row]:
 
 def activation_rows() -> list[Row]:
     def per_channel(method: str = "rtn") -> Any:
-        return P.WeightOnly(bits=4, block=0, symmetric=True, method=method, options={"search": True})
+        return P.WeightOnly(bits=4, block=0, symmetric=True, method=method)
 
     return [
         Row("RTN", lambda b, g: [per_channel()], (4,)),
         Row("GPTQ", lambda b, g: [per_channel("gptq")], (4,)),
-        Row("SmoothQuant", lambda b, g: [*optional("smooth", weight_bits=4, activation_bits=4), per_channel()], (4,)),
-        Row("rotation", lambda b, g: [*rotation(), per_channel()], (4,)),
-        Row("rotation + GPTQ", lambda b, g: [*rotation(), per_channel("gptq")], (4,)),
-        Row("learned rotation and scales (OSTQuant-like)", lambda b, g: [*learned(4, 4), per_channel()], (4,)),
-        Row("FlatQuant-like", lambda b, g: [*flat(4, 0, 4), per_channel()], (4,)),
+        Row("SmoothQuant", lambda b, g: [P.Smooth(weight_bits=4, activation_bits=4), per_channel()], (4,)),
+        Row("rotation", lambda b, g: [P.Rotate(), per_channel()], (4,)),
+        Row("rotation + GPTQ", lambda b, g: [P.Rotate(), per_channel("gptq")], (4,)),
+        Row("learned rotation and scales, layer error", lambda b, g: [learned(4, 0, "layers", 4), per_channel()], (4,)),
+        Row(
+            "learned rotation and scales, KL-Top (OSTQuant)",
+            lambda b, g: [learned(4, 0, "outputs", 4), per_channel()],
+            (4,),
+        ),
+        Row("the same + GPTQ", lambda b, g: [learned(4, 0, "outputs", 4), per_channel("gptq")], (4,)),
+        Row("FlatQuant-like, layer error", lambda b, g: [flat(4, 0, "layers", 4), per_channel()], (4,)),
+        Row("FlatQuant-like, block error", lambda b, g: [flat(4, 0, "blocks", 4), per_channel()], (4,)),
+        Row("the same + GPTQ", lambda b, g: [flat(4, 0, "blocks", 4), per_channel("gptq")], (4,)),
     ]
 
 
-def rotation() -> list[Any]:
-    return optional("rotate")
+def simulated(bits: int, block: int, activation_bits: int) -> dict[str, Any]:
+    """What learning simulates: the rounding that follows."""
+    return {
+        "weight_bits": bits, "activation_bits": activation_bits, "block": block, "symmetric": activation_bits < 16,
+        "per_token": True, "clip": False,
+    }  # fmt: skip
 
 
-def learned(bits: int, activation_bits: int | None = None) -> list[Any]:
-    return optional("rotate", method="learned", weight_bits=bits, activation_bits=activation_bits)
+def learned(bits: int, block: int, objective: Any = "outputs", activation_bits: int = 16) -> Any:
+    options = simulated(bits, block, activation_bits)
+    if objective == "outputs":
+        options |= {"float_inputs": ["*lm_head"], "steps": STEPS, "rate": 0.01}
+    return P.Rotate(method="learned", objective=objective, **options)
 
 
-def flat(bits: int, block: int = 0, activation_bits: int | None = None) -> list[Any]:
-    return optional("flat_transform", weight_bits=bits, activation_bits=activation_bits, block=block)
+def flat(bits: int, block: int, objective: Any = "blocks", activation_bits: int = 16) -> Any:
+    """Maps before every layer that is quantized on both sides; the output matrix has none where activations are."""
+    options = simulated(bits, block, activation_bits)
+    if objective == "blocks":
+        options |= {"steps": STEPS}
+    return P.FlatTransform(objective=objective, ignore=["*lm_head"] if activation_bits < 16 else [], **options)
+
+
+STEPS = 100
+"""Steps of learning through blocks or the whole network."""
 
 
 # ---- one cell -----------------------------------------------------------------------------------------------------
@@ -135,8 +167,8 @@ def with_quantized_inputs(module: nn.Module, bits: int, keep: str) -> nn.Module:
             stored.add(node)
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or str(node.target) not in LINEAR:
-            continue
+        if node.op != "call_function" or str(node.target) not in LINEAR or "_flat_" in node.name:
+            continue  # the small products of FlatQuant-like maps come before the rounding
         at = 1 if str(node.target) == LINEAR[1] else 0
         weight = node.args[2] if at else node.args[1]
         if weight not in stored or node.args[at] in stored or keep in str(node.meta.get("nn_module_stack", "")):
@@ -161,25 +193,35 @@ def cell(
         seconds = time.process_time() - begun
         if activations:
             low = with_quantized_inputs(low, 4, "lm_head")
-        ppl = perplexity(low, corpus.held_out_sequences(args.held_out))
-    except (fl.FoldlineError, LookupError) as error:
+        losses = sequence_losses(low, corpus.held_out_sequences(args.held_out))
+    except fl.FoldlineError as error:
         return {"row": row.name, "bits": bits, "failed": " ".join(str(error).split())[:80].replace("|", "/")}
-    facts = {"row": row.name, "bits": bits, "perplexity": ppl, "bytes": details["bytes"], "seconds": seconds}
+    facts = {"row": row.name, "bits": bits, "losses": losses.tolist(), "perplexity": math.exp(losses.mean())}
+    facts |= {"bytes": details["bytes"], "seconds": seconds}
     return facts | {"bits_per_weight": 32 * details["bytes"] / details["float_bytes"]}
+
+
+def against(one: dict[str, Any], first: dict[str, Any] | None) -> str:
+    """Mean difference to RTN in log perplexity, in hundredths, and its standard error over the sequences."""
+    if first is None or first is one:
+        return ""
+    off = 100 * (torch.tensor(one["losses"]) - torch.tensor(first["losses"]))
+    return f" [{float(off.mean()):+.2f} ± {float(off.std() / len(off) ** 0.5):.2f}]"
 
 
 def table(
     shape: str, rows: list[Row], args: argparse.Namespace, corpus: Text, activations: bool
 ) -> list[dict[str, Any]]:
     model, facts = trained(shape, args.cache, args.kv_heads)
-    start = perplexity(model, corpus.held_out_sequences(args.held_out))
-    title = "W4A4" if activations else f"weights only, blocks of {args.block}"
+    start = math.exp(sequence_losses(model, corpus.held_out_sequences(args.held_out)).mean())
+    of = f"blocks of {args.block}" if args.block else "one scale per output channel"
+    title = "W4A4" if activations else f"weights only, {of}"
     print(f"\n**{shape}, {title}**: perplexity {start:.2f} in float32 ({facts['steps']} steps of {facts['batch']})\n")
     columns = [4] if activations else args.bits
     print("| method | " + " | ".join(f"{b} bits" for b in columns) + " |\n|---|" + "---|" * len(columns), flush=True)
-    found = []
+    found: list[dict[str, Any]] = []
     for row in rows:
-        if args.methods and not any(m.lower() in row.name.lower() for m in args.methods):
+        if args.methods and row.name != "RTN" and not any(m.lower() in row.name.lower() for m in args.methods):
             continue
         cells = []
         for bits in columns:
@@ -191,7 +233,9 @@ def table(
             if "failed" in one:
                 cells.append(f"not run: {one['failed']}")
             else:
-                cells.append(f"{one['perplexity']:.2f} ({one['bits_per_weight']:.2f} b, {one['seconds']:.0f} s)")
+                first = next((f for f in found if f["row"] == "RTN" and f["bits"] == bits and "losses" in f), None)
+                about = f"{one['bits_per_weight']:.2f} b, {one['seconds']:.0f} s"
+                cells.append(f"{one['perplexity']:.2f}{against(one, first)} ({about})")
         print(f"| {row.name} | " + " | ".join(cells) + " |", flush=True)
     return found
 
@@ -206,13 +250,13 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--methods", nargs="+", help="only rows whose name holds one of these")
     parser.add_argument("--calibration", type=int, default=64, help="training sequences of 128 tokens")
-    parser.add_argument("--held-out", type=int, default=64, help="held-out sequences of 128 tokens")
+    parser.add_argument("--held-out", type=int, default=128, help="held-out sequences of 128 tokens")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     corpus = text(args.cache)
     print("; ".join(f"{n} {version(n)}" for n in ("torch", "transformers")), f"; {corpus.about}; cell: perplexity")
-    print("(bits per weight as stored, process seconds to quantize)")
+    print("[difference to RTN, 100 x log perplexity, ± standard error] (bits per weight as stored, process seconds)")
     found = []
     for shape in args.shapes:
         if "weights" in args.part:

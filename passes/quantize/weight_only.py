@@ -48,7 +48,8 @@ class WeightOnly(Pass):
     symmetric: bool = False
     """Integers without zero points."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the format: ``search``, ``gain``, ``scale``, ``powers``, ``step``, ``scaled``, ``exponent``."""
+    """Further options of the format: ``search``, ``gain``, ``scale``, ``powers``, ``step``, ``scaled``,
+    ``exponent``."""
     method: Literal["rtn", "weighted", "gptq"] = "rtn"
     """Nearest codes; the same with ranges (``search``) chosen by the outputs of each block and codebooks for what the
     inputs weigh (format power: one exponent for the model, by its outputs); or GPTQ."""
@@ -86,6 +87,7 @@ class WeightOnly(Pass):
             ConstraintError: there is no weight to quantize, or a pattern matches none.
         """
         ignored = {n.name for n in graph.nodes if any(matches(n, pattern) for pattern in self.ignore)}
+        ignored |= ctx.float_nodes
         for pattern in (*self.ignore, *self.formats):
             if not any(matches(n, pattern) for n in graph.nodes):
                 raise ConstraintError("a pattern matches nothing", value=pattern, hint="`foldline inspect MODEL`")

@@ -69,7 +69,7 @@ def find_sites(
             continue
         reason = ""
         if any(n.name in ignored for n in (*site.matrices, *site.tables)):
-            reason = "it is on the ignore list"
+            reason = "it is on the ignore list, or an earlier pass inserted it to compute in float"
         elif weight.dtype not in FLOATS:
             reason = f"it is stored as {weight.dtype}"
         elif site.tables and not embeddings:

@@ -172,14 +172,16 @@ def best_clip(
         cost = Cost.of(rows.astype(np.float64).T @ rows, part.shape[1], 0)
         first = formats.weights(part) - part
         best, chosen, error = part.copy(), np.ones(out), cost.inner(first, first)[:, 0]
-        for share in np.linspace(1.0, least, steps, endpoint=True):
-            limit = np.abs(part).max(1, keepdims=True) * np.float32(share)
-            clipped = np.clip(part, -limit, limit)
+        low, high = np.minimum(part.min(1, keepdims=True), 0), np.maximum(part.max(1, keepdims=True), 0)
+        if formats.weight.symmetric:
+            low, high = np.minimum(low, -high), np.maximum(high, -low)
+        for share in np.linspace(1.0, least, steps, endpoint=True, dtype=np.float32):
+            clipped = np.clip(part, low * share, high * share)
             made = formats.weights(clipped)
             if gain:
                 factors = cost.gain(made, part).astype(np.float32)
                 clipped = clipped * factors
-                made = formats.weights(clipped)  # not ``made * factors``: a zero point may lie on a tie
+                made = formats.weights(clipped)
             off = made - part
             now = cost.inner(off, off)[:, 0]
             better = now < error

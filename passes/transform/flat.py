@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -48,9 +48,10 @@ class FlatTransform(Pass):
 
     Identity: ``(x P)(P^-1 W^T) = x W^T``. ``FlatQuant: Flatness Matters for LLM Quantization``: exactly two small
     matrix products per input stay in the graph (the layers that read one value share them), the inverse goes into the
-    weights, the channel scale c into whatever absorbs it before (else there is none). Both factors, c and the clipping
-    of ranges are learned per input by the squared error of the quantized layers' outputs. The clipping shares are
-    reported, not applied: ranges are the quantizer's business.
+    weights, the channel scale c into whatever absorbs it before (else there is none). Both factors and c are learned by
+    the squared error of the block's output, all maps of a block together, as in the paper (``objective="blocks"``), or
+    per input by that of the layers that read it; there the clipping of ranges is learned too (reported, not applied:
+    ranges are the quantizer's business).
 
     Exact up to float rounding before quantization; the condition number of every P is reported.
     """
@@ -68,12 +69,18 @@ class FlatTransform(Pass):
     """Width of the activations while learning."""
     block: int = Field(0, ge=0)
     """Input channels that share a weight scale; 0: one scale per output channel."""
+    symmetric: bool | None = None
+    """Weights without zero points while learning, or with them; None: as the target has them."""
+    per_token: bool = False
+    """Activations with a range per row while learning."""
+    objective: Literal["layers", "blocks"] = "layers"
+    """What learning lowers: the error of the layers that read an input, or of the output of the block they are in."""
     steps: int = Field(100, ge=1)
-    """Steps of learning per input."""
+    """Steps of learning per input, or per block."""
     rate: float = Field(5e-3, gt=0)
     """Learning rate."""
     clip: bool = True
-    """Learn how much of the ranges is used."""
+    """Learn how much of the ranges is used (``objective="layers"``)."""
     condition: float = Field(1e3, gt=1)
     """Largest condition number of a map; beyond it the site keeps its orthogonal start."""
     rows: int = Field(256, ge=16)
@@ -91,17 +98,27 @@ class FlatTransform(Pass):
         graph.separate_shared()
         env = environment(graph, ctx)
         scaler = Scaler(graph, env)
-        formats = formats_of(ctx, self.target, self.weight_bits, self.activation_bits, self.block)
+        formats = formats_of(
+            ctx, self.target, self.weight_bits, self.activation_bits, self.block, symmetric=self.symmetric,
+            per_token=self.per_token,
+        )  # fmt: skip
         sites = [
             site
             for site in sites_of(find_boundaries(graph), self.ignore)
             if self.targets is None or any(matches(node, self.targets) for node, _ in site.boundary.readers)
         ]
-        places = {site.boundary.name: site.boundary.axis for site in sites}
-        rows = sample(graph, self.batches(ctx), places, self.rows, ctx.progress)
         decisions = []
-        for site in ctx.progress(sites, "learning affine maps"):
-            decisions.append(self._site(graph, env, scaler, site, rows[site.boundary.name], formats, ctx.seed))
+        if self.objective == "blocks":
+            from .flat_blocks import learn_blocks
+
+            flats = learn_blocks(sites, self, scaler, formats, self.batches(ctx), ctx.seed)
+            for site in sites:
+                decisions.append(self._put(graph, env, scaler, site, flats.get(site.boundary.name), "block"))
+        else:
+            places = {site.boundary.name: site.boundary.axis for site in sites}
+            rows = sample(graph, self.batches(ctx), places, self.rows, ctx.progress)
+            for site in ctx.progress(sites, "learning affine maps"):
+                decisions.append(self._site(graph, env, scaler, site, rows[site.boundary.name], formats, ctx.seed))
         graph.refresh()
         made = sum(d.action == "transformed" for d in decisions)
         return Outcome(decisions=decisions, details={"transformed": made, "products": 2 * made})
@@ -117,13 +134,19 @@ class FlatTransform(Pass):
         if found.after >= found.before:
             errors = {"error_before": found.before, "error_after": found.after}
             return Decision(site.name, "kept", "no map lowers the error of the quantized outputs", errors)
-        scaled = refused is None and isinstance(scaler.fold(site.boundary, found.factors), list)
+        return self._put(graph, env, scaler, site, found, "layers")
+
+    def _put(self, graph: Graph, env: Any, scaler: Scaler, site: Site, found: Flat | None, of: str) -> Decision:
+        """Write a learned map: the scale into what takes it, two products before the readers, the rest into them."""
+        if found is None:
+            return Decision(site.name, "kept", f"no map lowers the error of the quantized {of}")
+        scaled = bool((found.factors != 1).any()) and isinstance(scaler.fold(site.boundary, found.factors), list)
         inverses = [np.linalg.inv(m).T for m in (found.left, found.right)]
         done = insert_kronecker(graph, env, site.boundary, found.left, found.right, inverses[0], inverses[1], "flat")
         data: dict[str, Any] = {
             "sizes": [len(found.left), len(found.right)], "condition": found.condition, "error_before": found.before,
             "error_after": found.after, "activation_clip": found.clips[0], "weight_clip": found.clips[1],
-            "scaled": scaled,
+            "scaled": scaled, "of": of,
         }  # fmt: skip
         if not isinstance(done, list):
             return Decision(site.name, "refused", done.reason, data)

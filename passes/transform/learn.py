@@ -70,7 +70,7 @@ def learn(
     the inner factor of their input channels keep their start.
     """
     scaler = Scaler(graph, environment(graph, ctx))
-    readers = {group: _readers(groups, group, boundaries) for group in chosen}
+    readers = {group: readers_of(groups, group, boundaries) for group in chosen}
     wanted = {b.name: b.axis for found in readers.values() for b in found}
     rows = sample(graph, batches, wanted, options.rows, ctx.progress)
     result = Learned(dict(rotations), details={"layers": {}})
@@ -81,7 +81,8 @@ def learn(
     return result
 
 
-def _readers(groups: AxisGroups, group: AxisGroup, boundaries: Sequence[Boundary]) -> list[Boundary]:
+def readers_of(groups: AxisGroups, group: AxisGroup, boundaries: Sequence[Boundary]) -> list[Boundary]:
+    """The boundaries whose readers' input channels are (outer, index of the group)."""
     found = []
     for boundary in boundaries:
         node = boundary.readers[0][0]
@@ -121,12 +122,12 @@ def _one(
         (torch.from_numpy(r.rows), torch.from_numpy(np.concatenate(r.site.matrices).astype(np.float32)))
         for r in readers
     ]
-    clips = torch.full((len(readers), 2), 4.0, requires_grad=True)  # shares of the ranges, through a sigmoid
-    optimizer = torch.optim.Adam([free, clips, *(p for p in logs if p.requires_grad)], lr=options.rate)
+    clips = torch.full((len(readers), 2), 4.0 if options.clip else 40.0, requires_grad=options.clip)  # by a sigmoid
+    optimizer = torch.optim.Adam([p for p in (free, clips, *logs) if p.requires_grad], lr=options.rate)
     first: list[float] = []
     best: tuple[float, list[float], Tensor, list[Tensor]] | None = None
     for step in range(options.steps + 1):
-        turn = begin @ _within(cayley(free), basis)
+        turn = begin @ within(cayley(free), basis)
         losses = [
             _loss(x, w, turn, _spread(log, r.classes), torch.sigmoid(cut), formats)
             for (x, w), log, cut, r in zip(data, logs, clips, readers, strict=True)
@@ -143,7 +144,7 @@ def _one(
     assert best is not None
     exact = cayley(best[2].double())
     wide = None if basis is None else torch.from_numpy(ones_basis(n))
-    final = torch.from_numpy(result.rotations[group]) @ _within(exact, wide)
+    final = torch.from_numpy(result.rotations[group]) @ within(exact, wide)
     result.rotations[group] = final.numpy()
     for reader, log, before, after in zip(readers, best[3], first, best[1], strict=True):
         factors = np.exp(_spread(log.double(), reader.classes).numpy())
@@ -157,7 +158,7 @@ def _one(
         }  # fmt: skip
 
 
-def _within(inner: Tensor, basis: Tensor | None) -> Tensor:
+def within(inner: Tensor, basis: Tensor | None) -> Tensor:
     """The matrix itself, or the one that keeps the ones and acts as ``inner`` on the rest."""
     import torch
 

@@ -34,11 +34,19 @@ def fake_quantize(x: Tensor, form: TensorFormat | None, *, per_row: bool = False
 
     if form is None:
         return x
-    shape = x.shape
     if form.block and per_row:
-        x = x.reshape(shape[0], -1, form.block) if shape[1] % form.block == 0 else x
+        rows, columns = x.shape
+        whole = torch.nn.functional.pad(x, (0, -columns % form.block))  # zeros belong to every range anyway
+        cut = clip if clip is None or clip.ndim == 0 else clip.repeat_interleave(whole.shape[1] // form.block, 0)
+        made = _rounded(whole.reshape(-1, form.block), form, (-1,), cut)
+        return made.reshape(rows, -1)[:, :columns]
+    return _rounded(x, form, (-1,) if per_row else tuple(range(x.ndim)), clip)
+
+
+def _rounded(x: Tensor, form: TensorFormat, dims: tuple[int, ...], clip: Tensor | None) -> Tensor:
+    import torch
+
     low_q, high_q = form.limits
-    dims = (-1,) if per_row else tuple(range(x.ndim))
     low, high = x.amin(dims, keepdim=True).clamp(max=0.0), x.amax(dims, keepdim=True).clamp(min=0.0)
     if clip is not None:
         low, high = low * clip, high * clip
@@ -46,7 +54,7 @@ def fake_quantize(x: Tensor, form: TensorFormat | None, *, per_row: bool = False
         scale = torch.maximum(-low, high).clamp(min=1e-12) / high_q
         steps = x / scale
         rounded = steps.detach().clamp(low_q, high_q).to(getattr(torch, form.dtype)).to(steps.dtype)
-        return ((rounded - steps).detach() + steps).reshape(shape) * (scale if not form.block else scale)
+        return ((rounded - steps).detach() + steps) * scale
     if form.symmetric:
         scale = torch.maximum(-low, high).clamp(min=1e-12) / (high_q - form.centre)
         zero = torch.full_like(scale, float(form.centre))
@@ -55,7 +63,7 @@ def fake_quantize(x: Tensor, form: TensorFormat | None, *, per_row: bool = False
         zero = (low_q - low / scale).detach().round()
     steps = x / scale + zero
     rounded = (steps.round() - steps).detach() + steps
-    return ((rounded.clamp(low_q, high_q) - zero) * scale).reshape(shape)
+    return (rounded.clamp(low_q, high_q) - zero) * scale
 
 
 def qsur(rows: np.ndarray) -> float:

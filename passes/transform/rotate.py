@@ -28,7 +28,8 @@ class Rotate(Pass):
     the model cannot hold RMS norms, the rotation keeps the vector of ones instead: layer norms commute with that).
     ``QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs`` (random Hadamard), ``SpinQuant`` and ``OstQuant: Refining
     Large Language Model Quantization with Orthogonal and Scaling Transformations for Better Distribution Fitting``
-    (learned; with ``scale``, a diagonal beside every rotation, folded where something takes it).
+    (learned; with ``scale``, a diagonal beside every rotation, folded where something takes it; its loss on the top
+    logits with ``objective="outputs"``).
 
     Refused, with the reason: indices that something tells apart (a nonlinearity, a rotary embedding between the
     projection and the product of queries and keys, a norm's gain that a residual reads too, an output of the graph).
@@ -50,6 +51,11 @@ class Rotate(Pass):
     """Copy an embedding's weight that a linear layer shares where that layer has to take a gain."""
     scale: bool = True
     """Learn a diagonal beside each rotation too (``method="learned"``)."""
+    objective: Literal["layers", "outputs"] = "layers"
+    """What learning lowers: the squared error of the layers that read a group, each group on its own; or the divergence
+    of the network's output distribution from the float network's, all groups together (slower)."""
+    top: int = Field(1000, ge=2)
+    """Largest logits of the float network that the divergence is over."""
     steps: int = Field(60, ge=1)
     """Steps of learning."""
     rate: float = Field(0.01, gt=0)
@@ -61,7 +67,17 @@ class Rotate(Pass):
     weight_bits: int | None = Field(4, ge=2, le=8)
     """Width of the weights while learning."""
     activation_bits: int | None = Field(4, ge=2, le=16)
-    """Width of the activations while learning."""
+    """Width of the activations while learning; 16: they stay in float."""
+    block: int = Field(0, ge=0)
+    """Input channels that share a weight scale while learning; 0: one scale per output channel."""
+    symmetric: bool | None = None
+    """Weights without zero points while learning, or with them; None: as the target has them."""
+    per_token: bool = False
+    """Activations with a range per row while learning."""
+    float_inputs: list[str] = Field(default_factory=list)
+    """Glob patterns of layers whose operand stays in float while learning (``objective="outputs"``)."""
+    clip: bool = True
+    """Let ranges shrink while learning (``objective="layers"``), as those of a quantizer that clips do."""
     ignore: list[str] = Field(default_factory=list)
     """Glob patterns of layers whose inputs no rotation may touch."""
     calibration: Any = Field(None, exclude=True)
@@ -83,9 +99,14 @@ class Rotate(Pass):
         details: dict[str, Any] = {}
         scales: list[tuple[Boundary, np.ndarray]] = []
         if self.method == "learned" and chosen:
-            from .learn import learn
-
-            formats = formats_of(ctx, self.target, self.weight_bits, self.activation_bits)
+            if self.objective == "outputs":
+                from .learn_outputs import learn_outputs as learn
+            else:
+                from .learn import learn
+            formats = formats_of(
+                ctx, self.target, self.weight_bits, self.activation_bits, self.block, symmetric=self.symmetric,
+                per_token=self.per_token,
+            )  # fmt: skip
             learned = learn(graph, groups, chosen, rotations, boundaries, self, formats, self.batches(ctx), ctx)
             rotations, scales, details = learned.rotations, learned.scales, learned.details
         rotate(groups, rotations)
