@@ -105,6 +105,32 @@ def split(c: Native) -> Canon | None:
     return Canon("split", (0,), {"axis": axis, "sizes": sizes}, c.sizes(1))
 
 
+@rule("SplitToSequence")
+def split_to_sequence(c: Native) -> Canon | None:
+    rank = c.rank(0)
+    if rank is None:
+        return None
+    axis = axis_of(c.attr("axis", 0), rank)
+    length, given = c.static(0, axis), c.const(1) if c.has(1) else None
+    if c.has(1) and given is None:
+        return None
+    if given is not None and given.ndim == 1:
+        sizes = [int(v) for v in given]
+    elif length is None:
+        return None
+    else:
+        step = 1 if given is None else int(given.ravel()[0])
+        sizes = [min(step, length - start) for start in range(0, length, max(step, 1))]
+    keepdims = given is not None or bool(c.attr("keepdims", 1))
+    return Canon("split_to_sequence", (0,), {"axis": axis, "sizes": sizes, "keepdims": keepdims}, c.sizes(1))
+
+
+@rule("SequenceAt")
+def sequence_at(c: Native) -> Canon | None:
+    index = c.const(1)
+    return None if index is None else Canon("sequence_at", (0,), {"index": int(index.ravel()[0])}, c.sizes(1))
+
+
 @rule("Slice")
 def slice_(c: Native) -> Canon | None:
     rank = c.rank(0)

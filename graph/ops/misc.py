@@ -97,6 +97,6 @@ def _control(an: Analysis, node: Node) -> None:
     an.block(node, f"enters the body of {node.op}")
 
 
-@rule("random", "opaque")
+@rule("random", "opaque", "split_to_sequence", "sequence_at")
 def _opaque(an: Analysis, node: Node) -> None:
     an.block(node, f"no rule for {node.origin or node.op}")

@@ -10,6 +10,7 @@ from .gemm import GEMM_RULES
 from .identities import IDENTITY_RULES
 from .inverse_pairs import PAIR_RULES
 from .pads import PAD_RULES
+from .sequences import SEQUENCE_RULES
 from .sweeps import SWEEP_RULES
 
 CLEAN_RULES: list[Rule] = [
@@ -21,6 +22,7 @@ CLEAN_RULES: list[Rule] = [
     *PAIR_RULES,
     *PAD_RULES,
     *GEMM_RULES,
+    *SEQUENCE_RULES,
 ]
 
 __all__ = ["CLEAN_RULES"]
