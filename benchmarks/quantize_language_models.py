@@ -9,7 +9,7 @@ library's source. Matrices of the blocks and the output matrix are quantized; em
 matrix is tied to its embedding, so it stays too). Weight-only tables: integers with zero points in blocks of
 ``--block`` input channels (0: one scale per output channel), scales in float16, counted as stored. W4A4: weights per
 output channel, activations per token, asymmetric, ranges found at run time (simulated in torch); the output matrix
-keeps float inputs, and so do FlatQuant's two small products. Behind every perplexity: the difference to RTN's of the
+keeps float inputs, and so do the two small products of a map at run time. Behind every perplexity: the difference to RTN's of the
 same bits, as the mean over the held-out sequences of the difference in natural logarithm per token, in hundredths, and
 its standard error (paired: the same sequences).
 """
@@ -93,8 +93,9 @@ def activation_rows() -> list[Row]:
         Row("RTN", lambda b, g: [per_channel()], (4,)),
         Row("GPTQ", lambda b, g: [per_channel("gptq")], (4,)),
         Row("SmoothQuant", lambda b, g: [P.Smooth(weight_bits=4, activation_bits=4), per_channel()], (4,)),
-        Row("rotation", lambda b, g: [P.Rotate(), per_channel()], (4,)),
-        Row("rotation + GPTQ", lambda b, g: [P.Rotate(), per_channel("gptq")], (4,)),
+        Row("rotation, merged alone", lambda b, g: [P.Rotate(), per_channel()], (4,)),
+        Row("rotation (QuaRot)", lambda b, g: [P.Rotate(online=ONLINE), per_channel()], (4,)),
+        Row("rotation + GPTQ", lambda b, g: [P.Rotate(online=ONLINE), per_channel("gptq")], (4,)),
         Row("learned rotation and scales, layer error", lambda b, g: [learned(4, 0, "layers", 4), per_channel()], (4,)),
         Row(
             "learned rotation and scales, KL-Top (OSTQuant)",
@@ -117,9 +118,9 @@ def simulated(bits: int, block: int, activation_bits: int) -> dict[str, Any]:
 
 
 def learned(bits: int, block: int, objective: Any = "outputs", activation_bits: int = 16) -> Any:
-    options = simulated(bits, block, activation_bits)
+    options = simulated(bits, block, activation_bits) | {"online": ONLINE if activation_bits < 16 else []}
     if objective == "outputs":
-        options |= {"float_inputs": ["*lm_head"], "steps": STEPS, "rate": 0.01}
+        options |= {"float_inputs": ["*lm_head"], "steps": learning["steps"]}
     return P.Rotate(method="learned", objective=objective, **options)
 
 
@@ -127,12 +128,15 @@ def flat(bits: int, block: int, objective: Any = "blocks", activation_bits: int 
     """Maps before every layer that is quantized on both sides; the output matrix has none where activations are."""
     options = simulated(bits, block, activation_bits)
     if objective == "blocks":
-        options |= {"steps": STEPS}
+        options |= {"steps": learning["steps"]}
     return P.FlatTransform(objective=objective, ignore=["*lm_head"] if activation_bits < 16 else [], **options)
 
 
-STEPS = 100
-"""Steps of learning through blocks or the whole network."""
+ONLINE = ["*down_proj", "*mlp.c_proj"]
+"""Layers whose input is rotated at run time with 4-bit activations, as QuaRot does: no merged rotation reaches it."""
+
+learning = {"steps": 100}
+"""Steps of learning through blocks or the whole network (``--steps``)."""
 
 
 # ---- one cell -----------------------------------------------------------------------------------------------------
@@ -157,6 +161,11 @@ def per_token(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (torch.clamp(torch.round(x / scale) + zero, 0, 2**bits - 1) - zero) * scale
 
 
+def _small(name: str) -> bool:
+    """Whether a product is one of the two of a map at run time: these come before the rounding."""
+    return "_flat_" in name or "_rotation_" in name
+
+
 def with_quantized_inputs(module: nn.Module, bits: int, keep: str) -> nn.Module:
     """Quantize what every matrix product with a stored weight reads (a traced module), but the one called ``keep``."""
     graph: Any = module.graph
@@ -167,8 +176,8 @@ def with_quantized_inputs(module: nn.Module, bits: int, keep: str) -> nn.Module:
             stored.add(node)
     count = 0
     for node in list(graph.nodes):
-        if node.op != "call_function" or str(node.target) not in LINEAR or "_flat_" in node.name:
-            continue  # the small products of FlatQuant-like maps come before the rounding
+        if node.op != "call_function" or str(node.target) not in LINEAR or _small(node.name):
+            continue
         at = 1 if str(node.target) == LINEAR[1] else 0
         weight = node.args[2] if at else node.args[1]
         if weight not in stored or node.args[at] in stored or keep in str(node.meta.get("nn_module_stack", "")):
@@ -251,8 +260,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="only rows whose name holds one of these")
     parser.add_argument("--calibration", type=int, default=64, help="training sequences of 128 tokens")
     parser.add_argument("--held-out", type=int, default=128, help="held-out sequences of 128 tokens")
+    parser.add_argument("--steps", type=int, default=100, help="of learning through blocks or the whole network")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    learning["steps"] = args.steps
     warnings.simplefilter("ignore")
     corpus = text(args.cache)
     print("; ".join(f"{n} {version(n)}" for n in ("torch", "transformers")), f"; {corpus.about}; cell: perplexity")

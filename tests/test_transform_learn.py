@@ -126,6 +126,18 @@ def test_affine_maps_learned_by_the_blocks_output(shape: str, front: str) -> Non
         assert stored and stored[0].dtype == "float32"
 
 
+def test_learning_by_the_outputs_sees_the_rotations_at_run_time() -> None:
+    """What it reports for its start is what the network with them, rounded, diverges by."""
+    graph = language_graph("llama", "fx", layers=1)
+    options: dict[str, Any] = {"weight_bits": 3, "activation_bits": 16, "online": ["*down_proj"], "scale": False}
+    made, ctx = graph.clone(), Context(calibration=batches())
+    learned = P.Rotate(method="learned", objective="outputs", top=60, steps=1, rate=1e-9, **options)
+    start = learned.apply(made, ctx).details["divergence_start"]
+    assert any(n.op == "matmul" and "_rotation_" in n.name for n in made.nodes)
+    found = divergence(outputs(graph), outputs(rounded(made, 3, ctx)))
+    assert abs(found - start) < 0.02 * start
+
+
 def test_a_network_without_logits_is_refused() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

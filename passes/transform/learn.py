@@ -58,6 +58,7 @@ def learn(
     chosen: Mapping[AxisGroup, Freedom],
     rotations: Mapping[AxisGroup, np.ndarray],
     boundaries: Sequence[Boundary],
+    online: Mapping[str, tuple[np.ndarray, np.ndarray]],
     options: Rotate,
     formats: Formats,
     batches: Any,
@@ -67,7 +68,8 @@ def learn(
 
     Ranges may shrink meanwhile, as those of a quantizer that clips do. The matrix moves along the Cayley map from its
     start; of all steps the best is kept, the start included. Groups whose readers hold the indices otherwise than as
-    the inner factor of their input channels keep their start.
+    the inner factor of their input channels keep their start. Rotations at run time (``online``) are not
+    simulated.
     """
     scaler = Scaler(graph, environment(graph, ctx))
     readers = {group: readers_of(groups, group, boundaries) for group in chosen}

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from .rotate import Rotate
 
+Turn = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
+"""Operand [.., in] and weight [out, in] -> both in another basis."""
+
 CHECKED = 4
 """Batches on which the steps are compared."""
 
@@ -37,6 +40,7 @@ def learn_outputs(
     chosen: Mapping[AxisGroup, Freedom],
     rotations: Mapping[AxisGroup, np.ndarray],
     boundaries: Sequence[Boundary],
+    online: Mapping[str, tuple[np.ndarray, np.ndarray]],
     options: Rotate,
     formats: Formats,
     batches: Any,
@@ -69,10 +73,15 @@ def learn_outputs(
             where = torch.arange(boundary.size) if classes is None else torch.from_numpy(classes)
             logs[boundary] = torch.zeros(int(where.max()) + 1, requires_grad=True), where
 
+    fixed = {name: kronecker(left, right) for name, (left, right) in online.items()}
+
+    def turn_of(b: Boundary) -> list[Turn]:
+        return [*([scaled(*logs[b])] if b in logs else []), *([fixed[b.name]] if b.name in fixed else [])]
+
     def loss(i: int) -> Tensor:
         matrices = {g.atom: begin @ within(cayley(free[g]), basis) for g, (begin, basis) in turns.items()}
         env = dict(envs[i])
-        maps = {b: scaled(log, where) for b, (log, where) in logs.items()}
+        maps = {b: chained(turn_of(b)) for b in net.boundaries if b in logs or b.name in online}
         net.execute(range(net.length), env, maps, turned(groups, matrices), free=True)
         return _divergence(net, env, teachers[i])
 
@@ -101,7 +110,28 @@ def learn_outputs(
     return result
 
 
-def scaled(log: Tensor, where: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def chained(turns: Sequence[Turn]) -> Turn:
+    """One map after the other."""
+
+    def turn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        for each in turns:
+            x, w = each(x, w)
+        return x, w
+
+    return turn
+
+
+def kronecker(left: np.ndarray, right: np.ndarray) -> Turn:
+    """``x (left kron right)`` for orthogonal matrices, the same for the weight."""
+    first, second = (torch.from_numpy(m).float() for m in (left, right))
+
+    def one(data: Tensor) -> Tensor:
+        return (first.T @ data.reshape(*data.shape[:-1], len(first), len(second)) @ second).reshape(data.shape)
+
+    return lambda x, w: (one(x), one(w))
+
+
+def scaled(log: Tensor, where: Tensor) -> Turn:
     """``x / s`` and ``W s`` with ``s = exp(log)`` per class of channels."""
 
     def turn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from ...graph.groups import AxisGroup, AxisGroups, axis_groups
 from ...graph.ir import Graph
 from ...graph.rotate import Freedom, freedom, off_orthogonal, rotate
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
+from .affine import near_square
 from .boundary import Boundary, environment, find_boundaries
 from .common import Scaler, layer_name, matches
 from .gains import push_gains, to_rms_norms
@@ -96,6 +97,7 @@ class Rotate(Pass):
         chosen = self._chosen(groups, boundaries, decisions)
         rng = np.random.default_rng(ctx.seed)
         rotations = {group: start(group.size, found.ones, self.method, rng) for group, found in chosen.items()}
+        online = self._online_matrices(boundaries, rng)
         details: dict[str, Any] = {}
         scales: list[tuple[Boundary, np.ndarray]] = []
         if self.method == "learned" and chosen:
@@ -107,7 +109,7 @@ class Rotate(Pass):
                 ctx, self.target, self.weight_bits, self.activation_bits, self.block, symmetric=self.symmetric,
                 per_token=self.per_token,
             )  # fmt: skip
-            learned = learn(graph, groups, chosen, rotations, boundaries, self, formats, self.batches(ctx), ctx)
+            learned = learn(graph, groups, chosen, rotations, boundaries, online, self, formats, self.batches(ctx), ctx)
             rotations, scales, details = learned.rotations, learned.scales, learned.details
         rotate(groups, rotations)
         for group, matrix in rotations.items():
@@ -116,8 +118,7 @@ class Rotate(Pass):
             reason = f"{_kind(chosen[group])} group of {group.size}, {len(group.members)} weight axes, no operator left"
             decisions.append(Decision(group.name, "rotated", reason, data))
         decisions += self._scale(graph, Scaler(graph, env), scales)
-        if self.online:
-            decisions += self._online(graph, env, rng)
+        decisions += self._online(graph, env, online)
         graph.refresh()
         return Outcome(decisions=decisions, details=details | {"rotated": len(rotations)})
 
@@ -160,15 +161,26 @@ class Rotate(Pass):
                 decisions.append(Decision(name, "kept", f"nothing takes the learned diagonal: {done.reason}"))
         return decisions
 
-    def _online(self, graph: Graph, env: Any, rng: np.random.Generator) -> list[Decision]:
-        from .affine import insert_kronecker, near_square
+    def _online_matrices(
+        self, boundaries: list[Boundary], rng: np.random.Generator
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The two factors of the rotation at run time, by the name of the boundary."""
+        found = {}
+        for boundary in boundaries:
+            if any(matches(node, self.online) for node, _ in boundary.readers):
+                a, b = near_square(boundary.size)
+                found[boundary.name] = random_hadamard(a, rng), random_hadamard(b, rng)
+        return found
+
+    def _online(self, graph: Graph, env: Any, online: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[Decision]:
+        from .affine import insert_kronecker
 
         decisions = []
-        for boundary in find_boundaries(graph):
-            if not any(matches(node, self.online) for node, _ in boundary.readers):
+        for boundary in find_boundaries(graph) if online else []:
+            if boundary.name not in online:
                 continue
-            a, b = near_square(boundary.size)
-            left, right = random_hadamard(a, rng), random_hadamard(b, rng)
+            left, right = online[boundary.name]
+            a, b = len(left), len(right)
             name = ", ".join(dict.fromkeys(layer_name(n) for n, _ in boundary.readers))
             done = insert_kronecker(graph, env, boundary, left, right, left, right, "rotation")
             if isinstance(done, list):

@@ -74,6 +74,52 @@ class Rows:
         return self.magnitude / max(self.seen, 1)
 
 
+class Halves:
+    """Rows of two halves of the samples (index of axis 0), so that what is fitted to one is judged on the other.
+
+    Tokens of one image or sentence resemble each other: a range that covers some of them covers the rest, and tells
+    nothing about the next image. A checksum of its contents puts a sample into its half, whatever the batches.
+    """
+
+    def __init__(self, axis: int = -1, limit: int = 512) -> None:
+        self.parts = (Rows(axis, (limit + 1) // 2), Rows(axis, (limit + 1) // 2))
+        self.samples = [0, 0]
+        self.count = 0
+
+    def update(self, x: np.ndarray) -> None:
+        if x.size == 0:
+            return
+        apart = x.ndim > 1 and self.parts[0].axis % x.ndim != 0
+        groups = list(x) if apart else [x]
+        side = np.array([zlib.crc32(np.ascontiguousarray(g).tobytes()) & 1 for g in groups])
+        for i, part in enumerate(self.parts):
+            if (side == i).any():
+                part.update(x[side == i] if apart else x)
+                self.samples[i] += int((side == i).sum())
+        self.count += x.size
+
+    def merge(self, other: Halves) -> None:
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.merge(theirs)
+        self.samples = [a + b for a, b in zip(self.samples, other.samples, strict=True)]
+        self.count += other.count
+
+    @property
+    def whole(self) -> Rows:
+        """All that was seen, in one."""
+        found = Rows(self.parts[0].axis, sum(p.limit for p in self.parts))
+        for part in self.parts:
+            found.merge(part)
+        return found
+
+    def folds(self) -> list[tuple[Rows, Rows]]:
+        """Pairs (to fit, to judge): each half judges the other; all of it both where a half holds under two samples."""
+        if min(self.samples) < 2:
+            return [(self.whole, self.whole)]
+        first, second = self.parts
+        return [(first, second), (second, first)]
+
+
 def sample(
     graph: Graph,
     batches: Iterable[Any],
@@ -83,6 +129,20 @@ def sample(
 ) -> dict[str, Rows]:
     """Rows of the named values along the given axes, from one run over the batches."""
     wanted = {name: Rows(axis, limit) for name, axis in places.items()}
+    if wanted:
+        collect(graph, batches, wanted, progress=progress)
+    return wanted
+
+
+def sample_halves(
+    graph: Graph,
+    batches: Iterable[Any],
+    places: Mapping[str, int],
+    limit: int = 512,
+    progress: Progress = no_progress,
+) -> dict[str, Halves]:
+    """As :func:`sample`, in two halves of the samples."""
+    wanted = {name: Halves(axis, limit) for name, axis in places.items()}
     if wanted:
         collect(graph, batches, wanted, progress=progress)
     return wanted

@@ -13,7 +13,7 @@ from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from .boundary import environment, find_boundaries
 from .common import Scaler, Site, pooled, sites_of
 from .grids import Formats, formats_of, layer_error
-from .samples import Rows, sample
+from .samples import Halves, Rows, sample_halves
 
 FLOOR = 1e-5
 """Smallest factor, relative to the largest."""
@@ -26,7 +26,7 @@ class Found:
     Attributes:
         factors: [channels], positive, or None where no candidate beats leaving the site alone.
         alpha: the migration strength that gave them.
-        before_db, after_db: signal to noise of the quantized layers' outputs on the kept rows.
+        before_db, after_db: signal to noise of the quantized layers' outputs on rows held out.
     """
 
     factors: np.ndarray | None
@@ -41,7 +41,7 @@ class Smooth(Pass):
     Identity: ``(x / s) (s W) = x W`` per input channel. ``SmoothQuant: Accurate and Efficient Post-Training
     Quantization for Large Language Models`` takes ``s = max|x|^alpha / max|W|^(1 - alpha)`` with one alpha for the
     model; here every boundary (a value and the linear layers that read it) gets the alpha whose quantized output, under
-    the target's formats on sampled rows, is nearest to the float one, or none. The division is folded into whatever
+    the target's formats on held-out samples, is nearest to the float one, or none. The division is folded into whatever
     makes the value: a norm's gain, a linear layer's rows (also through attention to the value projection, through relu,
     the linear branch of a gated unit), a constant product. Where nothing absorbs it the layer stays, with the reason,
     unless ``insert`` asks for a product.
@@ -87,7 +87,7 @@ class Smooth(Pass):
             else:
                 open_sites.append((site, classes, refused))
         places = {site.boundary.name: site.boundary.axis for site, _, _ in open_sites}
-        rows = sample(graph, self.batches(ctx), places, self.rows, ctx.progress)
+        rows = sample_halves(graph, self.batches(ctx), places, self.rows, ctx.progress)
         folded = inserted = 0
         for site, classes, refused in ctx.progress(open_sites, "searching alpha"):
             fresh = sites_of([site.boundary], [])[0]  # an earlier boundary may have changed these weights
@@ -124,33 +124,43 @@ def factors_of(peak: np.ndarray, weight_peak: np.ndarray, alpha: float) -> np.nd
     return made
 
 
-def search(site: Site, rows: Rows, formats: Formats, alphas: list[float], classes: np.ndarray | None = None) -> Found:
-    """The factors with which the site's quantized layers err least on the kept rows.
+def search(
+    site: Site, halves: Halves, formats: Formats, alphas: list[float], classes: np.ndarray | None = None
+) -> Found:
+    """The factors with which the site's quantized layers err least on rows that they were not fitted to.
+
+    For each strength, factors and range of one half of the samples are judged on the other half, both ways; the factors
+    handed back are those of all samples. (Judged on the rows they come from, strengths near 1 look best: every channel
+    then ends at its own largest value, and what the next sample has beyond it is clipped.)
 
     Args:
         classes: channels that must share a factor.
     """
-    x, low, high = rows.rows, rows.low, rows.high
-    assert low is not None and high is not None
-    reference = np.concatenate([x @ m.T for m in site.matrices], 1)
-    power = float(np.square(reference).sum(dtype=np.float64))
-    peak, weight_peak = pooled(rows.peak.astype(np.float64), classes), pooled(site.weight_peak, classes)
+    folds = halves.folds()
+    rows = [judge.rows for _, judge in folds]
+    references = [np.concatenate([x @ m.T for m in site.matrices], 1) for x in rows]
+    power = float(sum(np.square(r).sum(dtype=np.float64) for r in references))
+    weight_peak = pooled(site.weight_peak, classes)
 
-    def error(s: np.ndarray | None) -> float:
-        if s is None:
-            made = formats.activations(x, low, high)
-            return layer_error(reference, made, [formats.weights(m) for m in site.matrices])
-        f = s.astype(np.float32)
-        made = formats.activations(x / f, low / f, high / f)
-        return layer_error(reference, made, [formats.weights(m * f) for m in site.matrices])
+    def factors(part: Rows, alpha: float) -> np.ndarray:
+        return factors_of(pooled(part.peak.astype(np.float64), classes), weight_peak, alpha)
+
+    def error(alpha: float | None) -> float:
+        total = 0.0
+        for (fit, _), x, reference in zip(folds, rows, references, strict=True):
+            assert fit.low is not None and fit.high is not None
+            f = np.float32(1) if alpha is None else factors(fit, alpha).astype(np.float32)
+            made = formats.activations(x / f, fit.low / f, fit.high / f)
+            total += layer_error(reference, made, [formats.weights(m * f) for m in site.matrices])
+        return total
 
     before = error(None)
-    best, strength, least = None, 0.0, before
+    strength, least = None, before
     for alpha in alphas:
-        s = factors_of(peak, weight_peak, alpha)
-        if (now := error(s)) < least:
-            best, strength, least = s, alpha, now
-    return Found(best, strength, _db(power, before), _db(power, least))
+        if (now := error(alpha)) < least:
+            strength, least = alpha, now
+    best = None if strength is None else factors(halves.whole, strength)
+    return Found(best, strength or 0.0, _db(power, before), _db(power, least))
 
 
 def _db(power: float, noise: float) -> float:
