@@ -9,9 +9,9 @@ library's source. Matrices of the blocks and the output matrix are quantized; em
 matrix is tied to its embedding, so it stays too). Weight-only tables: integers with zero points in blocks of
 ``--block`` input channels (0: one scale per output channel), scales in float16, counted as stored. W4A4: weights per
 output channel, activations per token, asymmetric, ranges found at run time (simulated in torch); the output matrix
-keeps float inputs, and so do the two small products of a map at run time. Behind every perplexity: the difference to RTN's of the
-same bits, as the mean over the held-out sequences of the difference in natural logarithm per token, in hundredths, and
-its standard error (paired: the same sequences).
+keeps float inputs, and so do the two small products of a map at run time. Behind every perplexity: the difference to
+RTN's of the same bits, as the mean over the held-out sequences of the difference in natural logarithm per token, in
+hundredths, and its standard error (paired: the same sequences).
 """
 
 from __future__ import annotations
