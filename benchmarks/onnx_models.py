@@ -9,7 +9,8 @@ are random, so that no branch is the identity or hidden behind a zero. Batch 2; 
 them, else its own size. Each step of a model runs in a process of its own, 10 GiB of address space:
 
 - export: ``torch.onnx.export(dynamo=True, optimize=False)``, and the same program after the exporter's own optimizer;
-  or, several times faster, torch's older exporter without any folding (``--exporter torchscript``, told in the table).
+  torch's older exporter, without any folding, where that one fails, or for all with ``--exporter torchscript`` (several
+  times faster). The table tells which.
 - fold: ``P.fold`` on the file as exported, both run with ONNX Runtime's graph optimizations off. "error" is relative to
   the largest number of the output; wrong is above 1e-4, another shape, or NaN where there was none.
 - prune: ``P.prune(file, ratio=0.5, verify=True)`` on the exporter's optimized file, nothing else said. Good is: fewer
@@ -44,16 +45,17 @@ def build(name: str, pixels: int | None) -> tuple[Any, Any]:
 
 
 def export(name: str, folder: str, limit: float, exporter: str = "dynamo") -> dict[str, Any]:
-    """Write raw.onnx, plain.onnx and inputs.npz; raises what torch raises at the model's own image size."""
-    for pixels in [None] if name.startswith("hf:") else [PIXELS, None]:
+    """Write raw.onnx, plain.onnx and inputs.npz; raises what the older exporter raises at the model's own size."""
+    own = [(exporter, None), ("torchscript", None)]
+    for by, pixels in own if name.startswith("hf:") else [(exporter, PIXELS), *own]:
         try:
             model, inputs = build(name, pixels)
             if (size := architectures.parameters_of(model)) > limit:
                 return {"skipped": f"{size / 1e6:.0f} M parameters"}
             architectures.output_of(model, inputs)
-            raw, plain = EXPORTERS[exporter](model, inputs)
-        except Exception:  # many take no other size than their own: that one is tried before giving up
-            if pixels is None:
+            raw, plain = EXPORTERS[by](model, inputs)
+        except Exception:  # many take no other size than their own, and some one exporter only
+            if (by, pixels) == own[-1]:
                 raise
             continue
         break
@@ -63,7 +65,7 @@ def export(name: str, folder: str, limit: float, exporter: str = "dynamo") -> di
     feeds = {v.name: x.numpy() for v, x in zip(raw.graph.input, given, strict=True)}
     np.savez(Path(folder) / "inputs.npz", **feeds)
     nodes = [len(raw.graph.node), len(plain.graph.node)]
-    return {"nodes": nodes, "parameters": size, "pixels": pixels, "exporter": exporter}
+    return {"nodes": nodes, "parameters": size, "pixels": pixels, "exporter": by}
 
 
 def by_dynamo(model: Any, inputs: Any) -> tuple[Any, Any]:

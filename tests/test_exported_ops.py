@@ -90,3 +90,34 @@ def test_channels_pass_a_gather_that_lays_positions_out_in_order(shared: bool) -
     result = P.prune(model, ratio=0.5, overrides={"w2*": 0.25}, verify=True)
     assert result.report.passes[0].details["identity"]["relative_error"] <= 1e-5
     assert sizes(result.model)["v2"] == (5, 6) and sizes(result.model)["v"] == (5, 4)
+
+
+@pytest.mark.parametrize("told", ["all", "listed", "computed"])
+def test_the_sizes_that_a_resize_is_told_follow_its_channels(told: str) -> None:
+    """interpolate to a size is exported as Resize with the sizes of all axes, channels included."""
+    axes = ", axes = [1,2,3]" if told == "listed" else ""
+    before = (
+        """s = Shape <start = 0, end = 2> (h)
+      sizes = Concat <axis = 0> (s, pixels)"""
+        if told == "computed"
+        else ""
+    )
+    text = f"""<ir_version: 9, opset_import: ["": 18]>
+    net (float[2,3,6,6] x) => (float[2,5,12,12] y, float[2,4,12,12] z) {{
+      h = Conv (x, w)
+      {before}
+      r = Resize <mode = "linear"{axes}> (h, , , sizes)
+      y = Conv (r, v)
+      h2 = Conv (x, w2)
+      r2 = Resize <mode = "linear"{axes}> (h2, , , sizes)
+      z = Conv (r2, v2)
+    }}"""
+    whole = np.array([2, 8, 12, 12])
+    stored = {"pixels": whole[2:]} if told == "computed" else {"sizes": whole[1:] if told == "listed" else whole}
+    weights = {"w": rand(8, 3, 1, 1), "v": rand(5, 8, 1, 1), "w2": rand(8, 3, 1, 1), "v2": rand(4, 8, 1, 1)}
+    model = parsed(text, **weights, **stored)
+    if told != "computed":
+        result = P.prune(model, ratio=0.5, overrides={"w2*": 0.25}, verify=True)
+        assert result.report.passes[0].details["identity"]["relative_error"] <= 1e-5
+        assert sizes(result.model)["v2"] == (4, 6, 1, 1) and sizes(result.model)["v"] == (5, 4, 1, 1)
+    assert sizes(pruned(model))["v"] == (5, 4, 1, 1)

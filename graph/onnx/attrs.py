@@ -225,6 +225,12 @@ def _split_sizes(g: ONNXGraph, node: Node, value: Any) -> None:
     _operand(1, 13, "split")(g, node, value)
 
 
+def _resized(g: ONNXGraph, node: Node, value: Any) -> None:
+    listed = onnx_native.attribute(node.native, "axes")
+    axes = range(len(value)) if listed is None else [a % len(value) for a in listed]
+    write_ints(g, node, 3, [value[a] for a in axes])
+
+
 def _slice_bounds(which: str) -> Writer:
     def writer(g: ONNXGraph, node: Node, value: Any) -> None:
         _operand(1 if which == "starts" else 2, 10, which)(g, node, value)
@@ -343,6 +349,7 @@ WRITERS: dict[tuple[str, str], Writer] = {
     ("Reshape", "shape"): _operand(1, 5, "shape"),
     ("Expand", "shape"): _operand(1, 8, "shape"),
     ("Tile", "repeats"): _operand(1, 6, "repeats"),
+    ("Resize", "shape"): _resized,
     ("ConstantOfShape", "shape"): _operand(0, 9, "shape"), ("ConstantOfShape", "value"): _fill,
     ("Col2Im", "output_size"): _operand(1, 18, "image_shape"),
     ("Split", "sizes"): _split_sizes,

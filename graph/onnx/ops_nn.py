@@ -225,7 +225,13 @@ def resize(c: Native) -> Canon | None:
     if scales is not None and scales.size == len(axes):
         axes = [a for a, s in zip(axes, scales.ravel().tolist(), strict=True) if s != 1.0]
     else:
-        axes = [a for a in axes if shape[a] != out[a]]
+        listed, axes = axes, [a for a in axes if shape[a] != out[a]]
+        given = c.ints(3) if first == 2 else None
+        if given is not None and len(given) == len(listed):
+            wanted: list[int | None] = [None] * len(shape)
+            for a, n in zip(listed, given, strict=True):
+                wanted[a] = n
+            return Canon("resize", (0,), {"axes": axes, "shape": wanted}, sizes)
     return Canon("resize", (0,), {"axes": axes}, sizes)
 
 

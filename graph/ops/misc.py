@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..ir import Node
 from ..space import fresh
-from .shaping import _new_shape
+from .shaping import new_shape
 from .table import rule
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _quantize(an: Analysis, node: Node) -> None:
     an.keep_root(x, node.output, list(range(len(spaces))))
 
 
-@rule("full", update=_new_shape)
+@rule("full", update=new_shape)
 def _full(an: Analysis, node: Node) -> None:
     out = node.output
     assert out.hint is not None

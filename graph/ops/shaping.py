@@ -72,7 +72,8 @@ def reshape_spaces(
     return out, flags, origin
 
 
-def _new_shape(re: Resize, node: Node) -> dict[str, Any]:
+def new_shape(re: Resize, node: Node) -> dict[str, Any]:
+    """The ``shape`` that a node is told, with the sizes its output has now; those it is not told stay untold."""
     old = node.attrs.get("shape")
     if old is None:
         return {}
@@ -81,7 +82,7 @@ def _new_shape(re: Resize, node: Node) -> dict[str, Any]:
     return {} if changed == list(old) else {"shape": changed}
 
 
-@rule("reshape", update=_new_shape, linear=True)
+@rule("reshape", update=new_shape, linear=True)
 def _reshape(an: Analysis, node: Node) -> None:
     x = node.inputs[0]
     assert x is not None and node.output.hint is not None
@@ -110,7 +111,7 @@ def _squeeze(an: Analysis, node: Node) -> None:
     an.keep_root(x, node.output, source)
 
 
-@rule("expand", update=_new_shape, linear=True)
+@rule("expand", update=new_shape, linear=True)
 def _expand(an: Analysis, node: Node) -> None:
     x = node.inputs[0]
     assert x is not None and node.output.hint is not None

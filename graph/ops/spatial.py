@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..ir import Node
+from .shaping import new_shape
 from .table import rule
 
 if TYPE_CHECKING:
@@ -40,6 +41,6 @@ def _adaptive(an: Analysis, node: Node) -> None:
     _spatial(an, node, list(range(rank - spatial, rank)))
 
 
-@rule("resize", linear=True)
+@rule("resize", update=new_shape, linear=True)
 def _resize(an: Analysis, node: Node) -> None:
     _spatial(an, node, list(node.attrs["axes"]))
