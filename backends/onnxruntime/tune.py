@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ...graph.ir import Value
 from ...passes.quantize.reference.kernels import Grid, Quantized, ends_at_0_and_1, hard_sigmoid_terms
+from .lookup import DOMAIN, block_lookup
 
 
 def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
@@ -19,6 +20,7 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
     - A Pad with zeros between DequantizeLinear and QuantizeLinear of one grid pads the integers with the zero point:
       the runtime moves no Q/DQ across it, so that it would run in float.
     - A HardSigmoid between a DQ and a Q that ends at 0 and 1 becomes an addition, which has an integer kernel.
+    - A look-up in a table dequantized in blocks becomes GatherBlockQuantized.
 
     ``values``: what is known of values by name, where the model itself says less (files without inner shapes).
     """
@@ -33,6 +35,9 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
             done += _integer_pad(node)
         elif node.op_type == "HardSigmoid":
             done += _saturating_sum(node)
+        elif node.op_type == "Gather" and block_lookup(node):
+            model.graph.opset_imports[DOMAIN] = 1
+            done += 1
     if done:
         _drop_unread(model)
     return done

@@ -45,6 +45,9 @@ class WeightWriter:
             "dequantize": no_dequantize(self.graph, site, encoded),
         }
         wanted = ["matmul_nbits", "packed"] if self.storage == "auto" else [self.storage, "packed"]
+        if self.storage == "auto" and site.tables and self.graph.kind == "onnx" and encoded_block(encoded) >= 16:
+            # Rows in blocks of a stored type can be looked up as integers (ONNX Runtime's GatherBlockQuantized).
+            wanted = ["dequantize", "packed"]
         form = next(f for f in wanted if not reasons.get(f))
         why = "" if form == wanted[0] or self.storage == "auto" else f"not as {wanted[0]}: {reasons[wanted[0]]}"
         self.emitter.scope = (site.matrices or site.tables)[0].scope
@@ -117,6 +120,11 @@ class WeightWriter:
         if zeros is not None:
             operands.append(emitter.store(f"{name}_zero_point", zeros))
         return emitter.node("dequantize", operands, attrs, f"{name}_dequantize")
+
+
+def encoded_block(encoded: Encoded) -> int:
+    """Columns that share a scale; 0 where a whole row does or the format has none."""
+    return encoded.block if isinstance(encoded, LookupEncoded) else 0
 
 
 def stored_codes(encoded: LookupEncoded | PlainEncoded, wide: bool) -> tuple[np.ndarray, np.ndarray | None]:
