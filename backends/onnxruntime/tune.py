@@ -21,11 +21,15 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
       the runtime moves no Q/DQ across it, so that it would run in float.
     - A HardSigmoid between a DQ and a Q that ends at 0 and 1 becomes an addition, which has an integer kernel.
     - A look-up in a table dequantized in blocks becomes GatherBlockQuantized.
+    - In a quantized model an addition of two activations that a LayerNormalization reads is written as Sum, the same to
+      the bit: the runtime would make both into SkipLayerNormalization, whose kernel is slower on the CPU.
 
     ``values``: what is known of values by name, where the model itself says less (files without inner shapes).
     """
     done = 0
-    for node in list(model.graph.all_nodes()):
+    nodes = list(model.graph.all_nodes())
+    quantized = any(node.op_type == "DequantizeLinear" for node in nodes)
+    for node in nodes:
         if node.domain not in ("", "ai.onnx"):
             continue
         if node.op_type == "ReduceMean" and _spatial(node, values or {}):
@@ -38,6 +42,8 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
         elif node.op_type == "Gather" and block_lookup(node):
             model.graph.opset_imports[DOMAIN] = 1
             done += 1
+        elif node.op_type == "Add" and quantized:
+            done += _apart_from_norm(node)
     if done:
         _drop_unread(model)
     return done
@@ -116,6 +122,20 @@ def _saturating_sum(node: ir.Node) -> bool:
     _replace(node, total, result)
     if not dq.outputs[0].uses() and not dq.outputs[0].is_graph_output() and dq.graph is not None:
         dq.graph.remove(dq, safe=True)
+    return True
+
+
+def _apart_from_norm(node: ir.Node) -> bool:
+    """Add as Sum where a LayerNormalization reads it, and no integer addition could come of it."""
+    result = node.outputs[0]
+    readers = [use.node for use in result.uses()]
+    if not any(r.op_type == "LayerNormalization" and r.inputs[0] is result for r in readers):
+        return False
+    if any(r.op_type == "QuantizeLinear" for r in readers):
+        return False
+    if any(v is None or ir.convenience.get_const_tensor(v) is not None for v in node.inputs):
+        return False
+    _replace(node, ir.Node("", "Sum", node.inputs, num_outputs=1, name=node.name), result)
     return True
 
 

@@ -23,7 +23,7 @@ from .opset import at_opset
 from .placement import Placement, WeightSite, place
 from .ranges import RangeEstimator, collect_ranges, estimator, weight_bounds
 from .reasons import decisions_of, scale_groups
-from .rounding import METHODS, RoundingJob, round_weights
+from .rounding import METHODS, Rounded, RoundingJob, round_weights
 from .spec import BackendSpec
 from .spec.files import load_spec
 
@@ -74,6 +74,9 @@ class Quantize(Pass):
     """Store embedding tables as integers too, where the target's spec has a rule for them."""
     activation_products: bool = False
     """Quantize products of two activations (attention) too, where the target's spec leaves that to the user."""
+    sqnr: float | None = Field(default=None, gt=0, le=100)
+    """Least signal-to-noise ratio of the outputs on the calibration data, in decibel: the layers that cost most noise
+    per multiply-accumulate stay in float until it is kept (see ``sensitivity.exclude``)."""
     spec: BackendSpec | None = None
     """A spec to use instead of the target's own."""
 
@@ -133,6 +136,11 @@ class Quantize(Pass):
         rounded = round_weights(job)
         for made in rounded.values():
             params |= made.points
+        if self.sqnr is not None:
+            kept, reached = self._floats(graph, placement, params, rounded, data, ctx)
+            if kept:
+                outcome = self.apply(graph, replace(ctx, calibration=data, float_nodes=ctx.float_nodes | set(kept)))
+                return _with_floats(outcome, kept, notes)
         rounded |= round_weights(
             replace(job, placement=Placement(weights=placement.tables), method="nearest", options={})
         )
@@ -154,6 +162,7 @@ class Quantize(Pass):
             "activations": _grids(placement, params),
             "scale_groups": scale_groups(placement),
             **({"bits": chosen} if chosen else {}),
+            **({} if self.sqnr is None else {"sqnr_db": reached}),
         }
         decisions = [*warnings, *notes, *decisions_of(placement, inserter.facts), *placement.decisions]
         return Outcome(decisions=decisions, details=details)
@@ -185,7 +194,7 @@ class Quantize(Pass):
 
     def _data(self, ctx: Context, placement: Placement) -> Iterable[Any]:
         """The batches: a list where they are read more than once, nothing where nothing reads them."""
-        again = self.rounding != "nearest" or self.bits is not None
+        again = self.rounding != "nearest" or self.bits is not None or self.sqnr is not None
         if not placement.points and not again:
             return []
         batches: Iterable[Any] = self.batches(ctx)
@@ -233,6 +242,25 @@ class Quantize(Pass):
             roots[root] = _by(spec, range_params(*ranges.bounds(statistic, form), form))
         return {name: roots[point.root] for name, point in placement.points.items()}, seen
 
+    def _floats(
+        self,
+        graph: Graph,
+        placement: Placement,
+        params: dict[str, QuantParams],
+        rounded: dict[str, Rounded],
+        data: Iterable[Any],
+        ctx: Context,
+    ) -> tuple[dict[str, str], float]:
+        """Nodes that stay in float for the signal-to-noise ratio asked for, with the reason; and the one measured."""
+        from .sensitivity.exclude import exclude
+
+        assert self.sqnr is not None
+        found = exclude(graph, placement, params, rounded, list(data), self.sqnr, progress=ctx.progress)
+        why = f"all in integers the outputs keep {found.sqnr_db:.1f} dB of {self.sqnr:g} asked for"
+        return {
+            n: f"its noise lies {db:.1f} dB below the outputs; {why}" for n, db in found.names.items()
+        }, found.sqnr_db
+
     def _weights(
         self, placement: Placement, params: dict[str, QuantParams], spec: BackendSpec
     ) -> dict[str, QuantParams]:
@@ -253,6 +281,15 @@ def _wide_enough(site: WeightSite, made: QuantParams, params: dict[str, QuantPar
     least = least_weight_scale(site.bias.numpy().astype(np.float32).reshape(-1), params[site.x.name])
     bound = least if made.axis == site.axis and not made.block else least.max()
     return replace(made, scale=np.maximum(made.scale, bound.astype(made.scale.dtype)))
+
+
+def _with_floats(outcome: Outcome, kept: dict[str, str], notes: list[Decision]) -> Outcome:
+    """The outcome of quantizing the rest, with the reason why some nodes stayed in float."""
+    others = [d for d in outcome.decisions if d.subject not in kept]
+    outcome.decisions = [*notes, *(Decision(n, "kept in float", why) for n, why in kept.items()), *others]
+    floats = outcome.details.get("floats_for_sqnr", [])
+    outcome.details["floats_for_sqnr"] = [*kept, *floats]
+    return outcome
 
 
 def _by(spec: BackendSpec, params: QuantParams) -> QuantParams:
