@@ -152,13 +152,20 @@ class Pipeline:
         )
         self._prepare(ctx)
         brief = calibration is None and all(step.selects_only() for step in self.passes)
-        with undisturbed() if brief else nullcontext():
+        with undisturbed() if brief or (calibration is None and self._builds_once(model)) else nullcontext():
             graph = load(model, example_inputs, static=brief)
             # one pass, and nothing to compare with: it may edit what was loaded for it alone (a module's captured
             # program shares more with the module than a recorded call does)
-            alone = isinstance(model, (str, Path)) if graph.kind == "onnx" else brief and graph is not model
+            alone = graph is not model and (brief or graph.kind == "onnx")
             ctx.spare = alone and not verify and len(self.passes) == 1
             return self._run(graph, model, ctx, inplace, rtol)
+
+    def _builds_once(self, model: Any) -> bool:
+        """Whether a run makes little but what lives on: one pass over an ONNX model, without data."""
+        from ..graph.load import is_onnx_model
+
+        native = is_onnx_model(model) or (isinstance(model, (str, Path)) and Path(model).suffix.lower() == ".onnx")
+        return native and len(self.passes) == 1 and self.passes[0].requirement() is Needs.NOTHING
 
     def _run(self, graph: Graph, model: Any, ctx: Context, inplace: bool, rtol: float | None) -> Result:
         verify, calibration, example_inputs = ctx.verify, ctx.calibration, ctx.example_inputs

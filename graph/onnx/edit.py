@@ -71,13 +71,44 @@ def replace_uses(g: ONNXGraph, old: Value, new: Value, except_nodes: Iterable[No
         owners[owner] = None
     if source.is_graph_output():
         _move_output(g, old, new)
+    alike = g.view.get(target) is new and _alike(g, source, target)
     for owner in owners:
         g.dirty.add(owner)
-        if owner in g.by_native:
-            g.reread(g.by_native[owner])
+        node = g.by_native.get(owner)
+        if node is None:
+            continue
+        if alike and owner.op_type not in ASKS_FURTHER and owner.domain in onnx_native.STANDARD_DOMAINS:
+            _swap(node, old, new)
+        else:
+            g.reread(node)
     g.moved.add(target)
     g.idle.append(source)
     g.touch()
+
+
+ASKS_FURTHER = onnx_native.WITH_GRAPHS | {"MatMul"}
+"""Operators whose reading looks at more than their own attributes and at what is known of their operands."""
+
+
+def _alike(g: ONNXGraph, source: ir.Value, target: ir.Value) -> bool:
+    """Whether all that is known of two computed values is the same: no reading of a node tells one from the other."""
+    table = g.table
+    known = table.info.get(source)
+    if known is None or known.a is None or known != table.info.get(target):
+        return False
+    if source in table.elements or target in table.elements:
+        return False
+    return all(onnx_native.constant_tensor(v) is None for v in (source, target))
+
+
+def _swap(node: Node, old: Value, new: Value) -> None:
+    """Let a node read ``new`` wherever it reads ``old``, its reading as it is."""
+    for i, value in enumerate(node.inputs):
+        if value is old:
+            old.uses.discard((node, i))
+            node.inputs[i] = new
+            new.uses.append((node, i))
+    node.dynamic = [new if v is old else v for v in node.dynamic]
 
 
 def _top(node: ir.Node, g: ONNXGraph) -> ir.Node:
@@ -168,7 +199,7 @@ def erase(g: ONNXGraph, node: Node) -> None:
     if any(use.node in g.settled for value in native.outputs for use in value.uses()):
         drop_dead_sizes(g, settled_only=True)
     for value in native.outputs:
-        if value.uses() or value.is_graph_output():
+        if onnx_native.is_used(value):
             users = [u.node.name or u.node.op_type for u in value.uses()]
             raise ConstraintError(
                 "the node is still in use", node=node.name, value=value.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,13 @@ class Elements:
     def constant(cls, data: np.ndarray) -> Elements:
         return cls(data, data, np.ones(data.shape, bool))
 
-    @cached_property
+    @property
     def all_known(self) -> bool:
-        return bool(self.known.all())
+        """Asked of every operand of every node, so it is remembered (without the lock of ``cached_property``)."""
+        known: bool | None = self.__dict__.get("_all_known")
+        if known is None:
+            known = self.__dict__["_all_known"] = bool(self.known.all())
+        return known
 
     def ints(self) -> list[int | None]:
         """Flattened elements, None where unknown."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -215,5 +216,5 @@ def computes_sizes(node: ir.Node, table: ShapeTable) -> bool:
     if not sized:
         return False
     info = table.info.get(node.outputs[0])
-    small = info is not None and info.a is not None and len(info.a) <= 1 and int(np.prod(info.a)) <= 64
+    small = info is not None and info.a is not None and len(info.a) <= 1 and prod(info.a) <= 64
     return small and all(native.constant_tensor(v) is not None for v in rest)

@@ -78,7 +78,7 @@ def drop_unused(g: ONNXGraph, candidates: Iterable[ir.Value]) -> None:
     """Forget stored values that nothing reads any more."""
     graph = g.model.graph
     for native in dict.fromkeys(candidates):
-        if onnx_native.constant_tensor(native) is None or native.uses() or native.is_graph_output():
+        if onnx_native.is_used(native) or onnx_native.constant_tensor(native) is None:
             continue
         producer = native.producer()
         if producer is not None:

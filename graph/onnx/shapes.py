@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -157,7 +158,7 @@ class ShapeTable:
             return False
         shape = native.tensor_shape(tensor)
         info = Info(shape, shape, shape, native.dtype_name(tensor.dtype))
-        small = int(np.prod(shape)) <= LIMIT and tensor.dtype != ir.DataType.STRING
+        small = prod(shape) <= LIMIT and tensor.dtype != ir.DataType.STRING
         elements = Elements.constant(np.asarray(tensor.numpy())) if small else None
         changed = self.info.get(value) != info or not _same(self.elements.get(value), elements)
         self.info[value] = info

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -41,14 +40,20 @@ class Affine:
     def rank(self) -> int:
         return self.scale.ndim
 
-    @cached_property
+    @property
     def has_scale(self) -> bool:
-        return bool((self.scale != 1.0).any())
+        found: bool | None = self.__dict__.get("_has_scale")  # not cached_property: its lock costs more than the answer
+        if found is None:
+            found = self.__dict__["_has_scale"] = bool((self.scale != 1.0).any())
+        return found
 
-    @cached_property
+    @property
     def has_shift(self) -> bool:
         """Whether any element is shifted; a map without shift fixes zero, and so commutes with zero padding."""
-        return bool(self.shift.any())
+        found: bool | None = self.__dict__.get("_has_shift")
+        if found is None:
+            found = self.__dict__["_has_shift"] = bool(self.shift.any())
+        return found
 
     @property
     def identity(self) -> bool:
