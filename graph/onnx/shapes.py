@@ -209,10 +209,10 @@ class ShapeTable:
             return [Elements(a, b, known, True)]
         inputs: list[Elements | None] = []
         for value in node.inputs:
-            known = None if value is None else self.elements.get(value)
-            if known is None and value is not None:
+            operand = None if value is None else self.elements.get(value)
+            if operand is None and value is not None:
                 return None
-            inputs.append(known)
+            inputs.append(operand)
         if not inputs:
             return None
         attrs = {name: native.attribute(node, name) for name in node.attributes}
