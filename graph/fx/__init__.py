@@ -60,6 +60,7 @@ def _recorded(model: nn.Module, example_inputs: Any) -> FXGraph:
     found = describe(model, example_inputs)
     try:
         recorded = Recorded(found, compiling=False)
+        found.as_run = True
     except CannotRecord:  # it reads tensor data, unless it believes that it is traced
         recorded = Recorded(found, compiling=True)
     clean(recorded.graph, known)

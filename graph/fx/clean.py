@@ -19,10 +19,11 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
     """Remove clutter: unknown composites decomposed, full slices and double getitems gone, dead code out."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and not known(node):
-            decompose(graph, node, known)
-    make_functional(graph)  # decompositions of torch write into their own temporaries
+    unknown = [node for node in graph.nodes if node.op == "call_function" and not known(node)]
+    for node in unknown:
+        decompose(graph, node, known)
+    if unknown:
+        make_functional(graph)  # decompositions of torch write into their own temporaries
     seen: dict[tuple[fx.Node, Any], fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":

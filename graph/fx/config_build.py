@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .config_entries import is_config, sizes_of
+from .walk import modules_of, tensors_of
 
 
 def built_from(kind: type[nn.Module], config: Any) -> nn.Module | None:
@@ -26,12 +27,17 @@ def built_from(kind: type[nn.Module], config: Any) -> nn.Module | None:
 
 
 def all_sizes(m: nn.Module) -> dict[tuple[str, str], Any]:
-    return {(path, key): _plain(value) for path, s in m.named_modules() for key, value in sizes_of(s)}
+    return {(path, key): _plain(value) for path, s in modules_of(m) for key, value in sizes_of(s)}
 
 
 def shapes_of(m: nn.Module) -> dict[str, tuple[int, ...]]:
-    named = [*m.named_parameters(remove_duplicate=False), *m.named_buffers(remove_duplicate=False)]
-    return {n: tuple(t.shape) for n, t in named}
+    return {n: tuple(t.shape) for n, t in tensors_of(m)}
+
+
+def apart(wanted: tuple[int, ...], have: tuple[int, ...] | None) -> int:
+    if have is None or len(have) != len(wanted):
+        return len(wanted) + 1
+    return sum(w != h for w, h in zip(wanted, have, strict=True))
 
 
 def _plain(value: Any) -> Any:
@@ -58,6 +64,9 @@ def entries_read(config: Any) -> Iterator[set[str]]:
     try:
         yield read
     finally:
+        for kind in kinds:  # transformers lets an entry go by a second name
+            aliases = getattr(kind, "attribute_map", None) or {}
+            read |= {aliases[name] for name in read if name in aliases}
         for kind, own in before.items():
             if own is None:
                 del kind.__getattribute__

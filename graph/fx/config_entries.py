@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from .walk import modules_of
+
 Entries: TypeAlias = dict[str, int | None]
 
 
@@ -19,7 +21,7 @@ def is_config(item: Any) -> bool:
 def configs(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path of the outermost module that holds it, configuration), each configuration once."""
     seen: set[int] = set()
-    for path, m in module.named_modules():
+    for path, m in modules_of(module):
         config = vars(m).get("config")
         if config is not None and id(config) not in seen and is_config(config):
             seen.add(id(config))

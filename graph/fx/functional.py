@@ -226,12 +226,13 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 
 
 def _mutates(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-        and not str(node.target).startswith("aten.copy_.")
-    )
+    return node.op == "call_function" and _writes(node.target)
+
+
+@cache
+def _writes(target: Any) -> bool:
+    mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return mutable and not str(target).startswith("aten.copy_.")
 
 
 def _functional_twin(target: torch._ops.OpOverload) -> Any:
@@ -246,6 +247,8 @@ def _functional_twin(target: torch._ops.OpOverload) -> Any:
 
 def make_functional(graph: fx.Graph) -> bool:
     """Replace in-place calls by functional ones where nothing else can see the mutation; False if one remains."""
+    if not any(_mutates(n) or packet(n) == "higher_order.wrap_with_autocast" for n in graph.nodes):
+        return True
     order = {n: i for i, n in enumerate(graph.nodes)}
     classes: dict[fx.Node, set[fx.Node]] = {}
     for node in list(graph.nodes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,11 +12,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .config_build import all_sizes, built_from, entries_read, shapes_of
+from .config_build import all_sizes, apart, built_from, entries_read, shapes_of
 from .config_entries import Entries, configs, integer_entries, is_config, set_entry, shorter_lists
 from .patch import SizeChanges
 from .same_state import sizes_apart
 from .shorten import dead_entries
+from .walk import modules_of
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -31,7 +33,6 @@ _WAY_OUT = (
 _NEVER: Misfit = (1 << 30, 1 << 30)
 
 
-# ---- after a change of sizes ---------------------------------------------------------------------------------------
 def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
     """Bring the configurations in a written-back module in line with its new sizes, where they can say them.
 
@@ -51,7 +52,7 @@ def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
     changes = SizeChanges(graph)
     dropped = _dropped(graph)
     done: list[str] = []
-    for path, m in twin.named_modules():
+    for path, m in modules_of(twin):
         prefix = f"{path}." if path else ""
         if not _buildable(m) or any(path == d or path.startswith(f"{d}.") or d == "" for d in done):
             continue
@@ -72,7 +73,7 @@ def foresee(graph: FXView, twin: nn.Module) -> Callable[[], None] | None:
     for what ``from_pretrained`` builds, too. None (and nothing is changed) where :func:`update_configs` has to search.
     """
     outer: list[tuple[str, nn.Module]] = []
-    for path, m in twin.named_modules():
+    for path, m in modules_of(twin):
         if _buildable(m) and not any(path.startswith(f"{p}." if p else "") for p, _ in outer):
             outer.append((path, m))
     if not outer:
@@ -125,6 +126,8 @@ class _Fit:
         self.shapes = shapes_of(m)
         self.sizes = all_sizes(m)
         self.known: dict[tuple[tuple[str, int | None], ...], tuple[Misfit, nn.Module | None]] = {}
+        self.read: set[str] = set()
+        """Names of the entries that the first build looked at."""
         self.lists = shorter_lists(self.config, dropped.values())
         self.evidence = self._evidence(changes)
         for count, left in dropped.values():
@@ -158,11 +161,17 @@ class _Fit:
         if self._uneven():
             return None
         guess = self._named(self.evidence)
-        with entries_read(self.config) as read:
-            (tensors, _), built = self._build(guess)
-        found = {e: v for e, v in guess.items() if e.rpartition(".")[2] in read}
-        if built is None or tensors or len({self.entries[e] for e in found}) < len(found):
-            return None  # which of two entries that held one size says it now: to be tried out
+        (tensors, _), built = self._build(guess)
+        if built is None or tensors:
+            return None
+        found = {e: v for e, v in guess.items() if self._is_read(e)}
+        if found != guess and self._signature(found) != self._signature(guess):
+            return None
+        held = [self.entries[e] for e in found]
+        for entry in [e for e in found if held.count(self.entries[e]) > 1]:  # which of them says the size now?
+            without = {e: v for e, v in found.items() if e != entry}
+            if self._signature(without) == self._signature(guess):
+                found = without
         sizes = sizes_apart(self.module, built)
         if sizes is None:
             return None
@@ -226,7 +235,8 @@ class _Fit:
         if self._misfit(best)[0]:
             best = self._descend(best, options, 2)
         if self._misfit(best)[0]:  # sizes that the configuration leaves to a default (4 x the width)
-            unset = {e: self._wanted(best, e) for e, v in self.entries.items() if v is None and e not in best}
+            open_ = [e for e, v in self.entries.items() if v is None and e not in best and self._is_read(e)]
+            unset = {e: self._wanted(best, e) for e in open_}
             best = self._descend(best, {e: o for e, o in unset.items() if o}, 1)
         for entry in list(best):  # what only happens to hold an old size (a token id) stays as it was
             without = {e: v for e, v in best.items() if e != entry}
@@ -280,16 +290,22 @@ class _Fit:
     def _build(self, found: Entries) -> tuple[Misfit, nn.Module | None]:
         key = tuple(sorted(found.items()))
         if key not in self.known:
-            built = self._built(found)
+            with entries_read(self.config) if not self.known else nullcontext(self.read) as read:
+                built = self._built(found)
+            self.read |= read
             if built is None:
                 self.known[key] = _NEVER, None
             else:
                 have = shapes_of(built)
-                tensors = sum(_apart(s, have.get(n)) for n, s in self.shapes.items())
+                tensors = sum(apart(s, have.get(n)) for n, s in self.shapes.items())
                 tensors += sum(len(s) + 1 for n, s in have.items() if n not in self.shapes)
                 now = all_sizes(built)
                 self.known[key] = (tensors, sum(now.get(k) != v for k, v in self.sizes.items())), built
         return self.known[key]
+
+    def _is_read(self, entry: str) -> bool:
+        """Whether a build looks at an entry of this name at all."""
+        return entry.rpartition(".")[2] in self.read
 
     def _built(self, found: Entries) -> nn.Module | None:
         config = copy.deepcopy(self.config)
@@ -335,7 +351,7 @@ class _Fit:
     def _say(self, built: nn.Module, found: Entries) -> list[tuple[Any, Entries]]:
         """Take over what the configurations of a built module say in the entries found; what ours said before."""
         old = [(c, integer_entries(c)) for _, c in configs(self.module)]
-        here = dict(built.named_modules())
+        here = dict(modules_of(built))
         leaves = {n.rpartition(".")[2] for n in found}
         for path, config in configs(self.module):
             like = vars(here[path]).get("config") if path in here else None
@@ -382,9 +398,3 @@ def _restore(old: list[tuple[Any, Entries]]) -> None:
 def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     """Bit for bit: the same operations on the same numbers; anything less may be another function that is close."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _apart(wanted: tuple[int, ...], have: tuple[int, ...] | None) -> int:
-    if have is None or len(have) != len(wanted):
-        return len(wanted) + 1
-    return sum(w != h for w, h in zip(wanted, have, strict=True))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
 from ..ir import Node
+from .walk import modules_of
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -30,10 +32,14 @@ def update_layers(graph: FXView, root: nn.Module) -> None:
     by_scope: dict[str, Nodes] = {}
     for node in graph.nodes:
         by_scope.setdefault(node.scope, []).append(node)
-    for path, module in root.named_modules():
-        for types, update in _UPDATES:
-            if isinstance(module, types):
-                update(module, by_scope.get(path, []))
+    for path, module in modules_of(root):
+        for update in _updates(type(module)):
+            update(module, by_scope.get(path, []))
+
+
+@cache
+def _updates(kind: type) -> list[Callable[[Any, Nodes], None]]:
+    return [update for types, update in _UPDATES if issubclass(kind, types)]
 
 
 def handled(module: nn.Module) -> bool:

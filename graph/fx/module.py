@@ -58,9 +58,9 @@ def _written(graph: FXView, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module
         if graph.mode is None:
             back = foresee(graph, twin)
             same = replays(graph, twin, tensors)
-            if same and back is not None:
+            if back is not None and (same or check(twin) is None):
                 return twin, True
-            if back is not None and not same:
+            if back is not None:
                 back()
                 same = replays(graph, twin, tensors)
             if same or same is None and _patched_replays(graph, twin, tensors):

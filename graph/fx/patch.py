@@ -36,6 +36,8 @@ def apply_patches(patches: list[Patch]) -> list[Patch]:
 
 def _pairs(old: Any, new: Any) -> list[tuple[int, int]]:
     """Aligned (old, new) integers of two attribute values or shapes."""
+    if old is None or new is None:
+        return []
     if isinstance(old, bool) or isinstance(new, bool):
         return []
     if isinstance(old, int) and isinstance(new, int):

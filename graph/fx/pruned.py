@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import ConfigError, ConstraintError, ModelFileError
 from ..holders import take
 from ..plans import Plan
-from .hf_config import configs, integer_entries, set_entry, sizes_of
+from .config_entries import configs, integer_entries, set_entry, sizes_of
 from .trace import structural_copy
 
 STRUCTURE = "structure.json"

@@ -25,6 +25,7 @@ from .functional import make_functional
 from .shortcuts import shortcut
 from .tensors import storage_key
 from .trace import Capture, copied_with, module_tensors
+from .walk import modules_of
 
 aten = torch.ops.aten
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
@@ -130,7 +131,7 @@ class Tape(SchemaCheckMode):
         except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
             raise CannotRecord(f"the module cannot be copied ({error})") from error
         self.keep = list(same.values())  # ids stay unique while the tensors live
-        for name, m in twin.named_modules():
+        for name, m in modules_of(twin):
             m.training = False
             if name:
                 # the twin's own dicts: torch's registration counts through all handles ever made
@@ -240,9 +241,12 @@ class Tape(SchemaCheckMode):
             if func in _SIZES:
                 return out
             raise CannotRecord(f"{func} gave {type(out).__name__}: tensor data in Python")
-        node = self.graph.create_node("call_function", func, *given, name=_plain_name(func))
+        node = self.graph.create_node("call_function", func, name=_plain_name(func))
+        node.args = given[0]  # given at once, torch would look for symbolic numbers among them: half of the time
+        if given[1]:
+            node.kwargs = given[1]
         self.first = self.first or node
-        node.meta = {"val": _described(out), **self._origin()}
+        node.meta.update(self._origin(), val=_described(out))
         if isinstance(out, torch.Tensor):
             setattr(out, NODE, node)
             if not node.all_input_nodes or func in MAKERS:
@@ -306,7 +310,7 @@ def _plain_name(func: Any) -> str:
 
 def _item(graph: fx.Graph, node: fx.Node, i: int, part: torch.Tensor) -> fx.Node:
     made = graph.call_function(operator.getitem, (node, i))
-    made.meta = {**node.meta, "val": _described(part)}
+    made.meta.update(node.meta, val=_described(part))
     return made
 
 

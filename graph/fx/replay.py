@@ -15,6 +15,7 @@ from .functional import make_functional, packet
 from .ops import known
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, Tape, meta_like
 from .tensors import storage_key
+from .walk import modules_of
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -30,14 +31,16 @@ def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor
     Then both compute the same function, whatever the data: same operators, same arguments, same weights, in the same
     order. The forward runs as it would for the user (outside any tracing, tensors on their own device), but every
     operator is answered by a tensor without contents. False proves nothing: the two may still agree. None: the forward
-    raised, or reads what tensors hold.
+    raised, or reads what tensors hold (as the recorded module itself does, if it had to be told that it is traced).
 
     Args:
         graph: a recorded graph (``graph.mode`` is None), edited or not.
         module: the candidate, holding ``tensors``; left as it was.
         tensors: the stored tensor of each weight of the graph, by name.
     """
-    flags = [(m, m.training) for m in module.modules() if m.training]
+    if not graph.source.as_run:
+        return None  # told that it was traced: its user's calls read data, or are others
+    flags = [(m, True) for _, m in modules_of(module) if m.training]
     for m, _ in flags:
         m.training = False
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .config_entries import is_config, sizes_of
+from .walk import modules_of
 
 Sizes = list[tuple[nn.Module, str, Any]]
 """Attributes to set: (module, name, value)."""
@@ -18,6 +20,7 @@ _WORTHLESS = frozenset(("training", "_is_hf_initialized"))
 """What may differ: the mode, and the mark that transformers' own initialisation has seen a module."""
 _BY_NAME = frozenset(("_modules", "_parameters", "_buffers"))
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
+_HOOKS = frozenset((dict, OrderedDict, set))
 _MAX_DEPTH = 6
 
 
@@ -29,7 +32,7 @@ def sizes_apart(mine: nn.Module, built: nn.Module) -> Sizes | None:
     are passed over: they are what differs.
     """
     found: Sizes = []
-    left, right = dict(mine.named_modules()), dict(built.named_modules())
+    left, right = dict(modules_of(mine)), dict(modules_of(built))
     if list(left) != list(right):
         return None
     same = {id(right[path]): m for path, m in left.items()}
@@ -49,15 +52,18 @@ def _alike(m: nn.Module, other: nn.Module, same: Mapping[int, nn.Module], found:
     mine, theirs = vars(m), vars(other)
     sizes: dict[str, Any] | None = None
     for key, value in theirs.items():
-        if key in _BY_NAME or key in _WORTHLESS:
-            continue
         if key not in mine:
+            if key in _WORTHLESS:
+                continue
             return False
-        if type(value) in _ATOMS and type(mine[key]) is type(value) and mine[key] == value:
+        own = mine[key]
+        if own is value or key in _BY_NAME or key in _WORTHLESS:
             continue
-        if not _equal(mine[key], value, same):
+        if type(own) is type(value) and type(value) in _HOOKS and not own and not value:
+            continue
+        if not _equal(own, value, same):
             sizes = dict(sizes_of(m)) if sizes is None else sizes
-            if key not in sizes or type(value) is not type(mine[key]):
+            if key not in sizes or type(value) is not type(own):
                 return False
             found.append((m, key, value))
     return all(key in theirs or key in _WORTHLESS for key in mine)

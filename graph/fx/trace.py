@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
 from .quiet import quiet_torch
+from .walk import modules_of
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -35,6 +36,7 @@ class Capture:
         training: ``training`` flag per module path, as the caller had it.
         sizes: example size of each symbol, by printed name.
         notes: what the user should know.
+        as_run: whether a call was recorded as the module's user makes it, who is not told that it is traced.
     """
 
     program: ExportedProgram | None
@@ -44,11 +46,12 @@ class Capture:
     training: dict[str, bool] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    as_run: bool = False
 
     @cached_property
     def unsaved(self) -> frozenset[str]:
         """Names of the buffers that the module's state dict leaves out."""
-        modules = [] if self.module is None else self.module.named_modules(remove_duplicate=False)
+        modules = [] if self.module is None else modules_of(self.module, repeated=True)
         return frozenset(f"{path}.{n}".lstrip(".") for path, m in modules for n in m._non_persistent_buffers_set)
 
 
@@ -92,7 +95,7 @@ def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> No
 def module_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor a module tree holds (parameters, buffers, plain attributes), by id."""
     found: dict[int, torch.Tensor] = {}
-    for module in model.modules():
+    for _, module in modules_of(model):
         for name, item in module.__dict__.items():
             kind = type(item)
             if kind in _ATOMS or (kind in _DICTS and not item) or name == "_modules":
@@ -304,7 +307,7 @@ def describe(model: nn.Module, example_inputs: Any) -> Capture:
     args, kwargs = normalize_call(example_inputs)
     if any(t.is_meta for t in model.parameters()) or any(t.is_meta for t in model.buffers()):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    training = {name: m.training for name, m in model.named_modules(remove_duplicate=False)}
+    training = {name: m.training for name, m in modules_of(model, repeated=True)}
     return Capture(None, model, args, kwargs, training, notes=notes)
 
 

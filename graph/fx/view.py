@@ -25,6 +25,7 @@ from .record import Recorded
 from .source import location_of, scope_of
 from .tensors import from_numpy, frozen, storage_key, to_numpy
 from .trace import Capture, normalize_call
+from .walk import tensors_of
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,7 @@ class FXView(Graph):
         """(name, tensor) of every parameter and buffer of the caller's module, tied ones under each name."""
         module = self.source.module
         if module is not None:
-            yield from module.named_parameters(remove_duplicate=False)
-            yield from module.named_buffers(remove_duplicate=False)
+            yield from tensors_of(module)
 
     def state_names(self) -> list[str]:
         """State-dict names of the caller's module in order."""

@@ -1,0 +1,40 @@
+"""Module trees as lists: what ``named_modules`` and ``named_parameters`` yield, without their nested generators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def modules_of(root: nn.Module, *, repeated: bool = False) -> list[tuple[str, nn.Module]]:
+    """(path, module) of every module, parents first; one that occurs twice once, unless ``repeated``."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    open_: list[tuple[str, Any]] = [("", root)]
+    while open_:
+        path, m = open_.pop()
+        if not repeated:
+            if id(m) in seen:
+                continue
+            seen.add(id(m))
+        found.append((path, m))
+        children = m._modules
+        if children:
+            prefix = f"{path}." if path else ""
+            open_ += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+    return found
+
+
+def tensors_of(root: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """(state-dict name, tensor) of all parameters, then of all buffers; tied ones under each of their names."""
+    modules = modules_of(root, repeated=True)
+    found: list[tuple[str, torch.Tensor]] = []
+    for kind in ("_parameters", "_buffers"):
+        for path, m in modules:
+            held = m.__dict__[kind]
+            if held:
+                prefix = f"{path}." if path else ""
+                found += [(prefix + name, t) for name, t in held.items() if t is not None]
+    return found
