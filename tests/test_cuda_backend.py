@@ -434,7 +434,7 @@ def test_a_package_runs_in_a_process_without_foldline(target: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_inductor_compiles_in_the_process_and_chained_convolutions_are_right() -> None:
+def test_inductor_compiles_in_the_process_and_chained_convolutions_are_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Conv2d(16, 16, 3, padding=1)).eval()
@@ -444,3 +444,5 @@ def test_inductor_compiles_in_the_process_and_chained_convolutions_are_right() -
     assert artifact.path is None
     assert sqnr_db(simulated(graph, batches[0]), artifact.run(batches[0])[0]) > 35
     assert sqnr_db(model(batches[0]).detach().numpy(), artifact.run(batches[0])[0]) > 30
+    package = INDUCTOR.lower(graph, batches[0], path=tmp_path / "chain.pt2")  # checked against the graph on the way
+    assert sqnr_db(simulated(graph, batches[0]), package.run(batches[0])[0]) > 35

@@ -186,8 +186,8 @@ class InductorCpu(_TorchBackend):
 
         Raises:
             BackendError: no C++ compiler, or export or compilation fails, or the package computes something else than
-                the graph. (torch 2.13's packages do so where int8 convolutions follow one another; compiled in the
-                process they are right.)
+                the graph. (torch 2.13's packages do so where int8 convolutions follow one another, unless Inductor's
+                layout optimization is off, as it is here.)
         """
         import torch
 
@@ -200,6 +200,8 @@ class InductorCpu(_TorchBackend):
         notes = [f"{count} calls of quantized_decomposed.{name}" for name, count in sorted(written.items())]
         # Freezing folds and packs the weights; the int8 patterns apply only then.
         settings: dict[str, Any] = {"freezing": True, "max_autotune": max_autotune}
+        if path is not None:  # with its channels-last layouts, torch 2.13's packages chain int8 convolutions wrongly
+            settings["layout_optimization"] = False
         job = Job(graph, fx_graph, module, torch.device("cpu"), settings, notes, example_inputs, in_process=True)
         return job.finish(path, dynamic=dynamic, package=package, cuda_graphs=False)
 
