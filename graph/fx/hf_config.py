@@ -81,15 +81,19 @@ def foresee(graph: FXView, twin: nn.Module) -> Callable[[], None] | None:
     if _dropped(graph):
         return None
     undo: list[Callable[[], None]] = []
+
+    def back_again() -> None:
+        for step in reversed(undo):
+            step()
+
     changes = SizeChanges(graph)
     for path, m in outer:
         back = _Fit(graph, changes, twin, path, m, {}).foresee()
         if back is None:
-            for step in reversed(undo):
-                step()
+            back_again()
             return None
         undo.append(back)
-    return lambda: [step() for step in reversed(undo)] and None
+    return back_again
 
 
 def _dropped(graph: FXView) -> dict[str, tuple[int, list[int]]]:

@@ -33,7 +33,8 @@ def update_layers(graph: FXView, root: nn.Module) -> None:
     for node in graph.nodes:
         by_scope.setdefault(node.scope, []).append(node)
     for path, module in modules_of(root):
-        for update in _updates(type(module)):
+        kind: Any = type(module)
+        for update in _updates(kind):
             update(module, by_scope.get(path, []))
 
 

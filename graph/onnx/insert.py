@@ -304,10 +304,6 @@ def _gelu(s: Speller, a: dict[str, Any]) -> None:
         s.emit("Mul", [half, s.emit("Add", [s.emit("Tanh", [inner]), s.like(1.0)])])
 
 
-def _select(s: Speller, a: dict[str, Any]) -> None:
-    s.emit("Gather", [s.operands[0], s.const(int(a["index"]), np.int64)], axis=int(a["axis"]))
-
-
 def _full(s: Speller, a: dict[str, Any]) -> None:
     if any(d is None for d in a["shape"]):
         s.refuse("a dynamic shape")
@@ -384,7 +380,7 @@ SPELLINGS: dict[str, Spelling] = {
     "flip": _flip,
     "gather_elements": lambda s, a: s.emit("GatherElements", s.operands, axis=int(a["axis"])),
     "gather": lambda s, a: s.emit("Gather", s.operands, axis=int(a["axis"])),
-    "select": _select,
+    "select": lambda s, a: s.emit("Gather", [s.operands[0], s.const(int(a["index"]), np.int64)], axis=int(a["axis"])),
     "pad": _pad,
     "cast": lambda s, a: s.emit("Cast", s.operands, to=onnx_native.dtype_of(a["dtype"]).value),
     "clip": _clip,
