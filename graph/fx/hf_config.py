@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -80,20 +80,14 @@ def foresee(graph: FXView, twin: nn.Module) -> Callable[[], None] | None:
         return None if any(True for _ in configs(twin)) else lambda: None
     if _dropped(graph):
         return None
-    undo: list[Callable[[], None]] = []
-
-    def back_again() -> None:
-        for step in reversed(undo):
-            step()
-
-    changes = SizeChanges(graph)
+    undo, changes = ExitStack(), SizeChanges(graph)
     for path, m in outer:
         back = _Fit(graph, changes, twin, path, m, {}).foresee()
         if back is None:
-            back_again()
+            undo.close()
             return None
-        undo.append(back)
-    return back_again
+        undo.callback(back)
+    return undo.close
 
 
 def _dropped(graph: FXView) -> dict[str, tuple[int, list[int]]]:
