@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -33,7 +33,7 @@ def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
-        elif node.target is aten.slice.Tensor and _is_full_slice(node):
+        elif node.target is aten.slice.Tensor and is_full_slice(node.args):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif packet(node) in ("aten.view", "aten.reshape", "aten._unsafe_view") and len(node.args) > 1:
@@ -41,10 +41,11 @@ def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
     graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or has_effect(n))
 
 
-def _is_full_slice(node: fx.Node) -> bool:
-    start = node.args[2] if len(node.args) > 2 else None
-    end = node.args[3] if len(node.args) > 3 else None
-    step = node.args[4] if len(node.args) > 4 else 1
+def is_full_slice(args: Sequence[Any]) -> bool:
+    """Whether the arguments of aten.slice.Tensor ask for all there is."""
+    start = args[2] if len(args) > 2 else None
+    end = args[3] if len(args) > 3 else None
+    step = args[4] if len(args) > 4 else 1
     return bool(start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1)
 
 

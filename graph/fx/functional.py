@@ -15,6 +15,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..errors import UnsupportedOp
 
 aten = torch.ops.aten
+IN_PLACE = "_foldline_in_place"
+"""In the meta of a node that was a call in place on its first argument: that call's target."""
 
 _ASSERTS = {
     "aten._assert_tensor_metadata",
@@ -274,6 +276,8 @@ def make_functional(graph: fx.Graph) -> bool:
                 return False
             if member is not old and any(order[u] > order[node] for u in member.users):
                 return False
+        if written[0] is node.args[0] and str(node.target._schema.name).endswith("_"):
+            node.meta[IN_PLACE] = node.target
         node.target = twin
         for user in [u for u in old.users if order[u] > order[node]]:
             user.replace_input_with(old, node)

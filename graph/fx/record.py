@@ -238,7 +238,7 @@ class Tape(SchemaCheckMode):
             if out is None:
                 out = func(*args, **kwargs)
         if not isinstance(out, (torch.Tensor, list, tuple)):
-            if func in _SIZES:
+            if func in SIZES:
                 return out
             raise CannotRecord(f"{func} gave {type(out).__name__}: tensor data in Python")
         node = self.graph.create_node("call_function", func, name=_plain_name(func))
@@ -294,7 +294,7 @@ MAKERS = {
     for overload in getattr(aten, name).overloads()
 }
 """Their Python bindings wrap the result once more, as those of factories do."""
-_SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
+SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
 
 
 def meta_like(t: torch.Tensor) -> torch.Tensor:

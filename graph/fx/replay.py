@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .clean import clean
+from .follow import META, SIZED, follows
 from .functional import make_functional, packet
 from .ops import known
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, Tape, meta_like
@@ -20,9 +21,7 @@ from .walk import modules_of
 if TYPE_CHECKING:
     from .view import FXView
 
-_META = "_foldline_meta"
 _META_DEVICE = torch.device("meta")
-_SIZED = {"aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand"}
 
 
 def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool | None:
@@ -44,6 +43,8 @@ def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor
     for m, _ in flags:
         m.training = False
     try:
+        if follows(graph, module, tensors):
+            return True
         tape = _Replay(module, tensors)
         flat, _ = pytree.tree_flatten((graph.source.args, graph.source.kwargs))
         args, kwargs = pytree.tree_unflatten(tape.inputs(flat, [n.name for n in _inputs(graph.fx)]), graph.in_spec)
@@ -85,12 +86,12 @@ class _Replay(Tape):
         if device.type == "meta":
             return meta
         made = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
-        setattr(made, _META, meta)
+        setattr(made, META, meta)
         return made
 
     def meta(self, t: torch.Tensor) -> torch.Tensor:
         """The meta tensor behind what user code holds."""
-        found = getattr(t, _META, None)
+        found = getattr(t, META, None)
         if found is not None:
             return found  # type: ignore[no-any-return]
         known = self.weights.get(id(t))
@@ -174,7 +175,7 @@ class _Comparison:
     def _same_call(self, a: fx.Node, b: fx.Node) -> bool:
         if self._same(a.args, b.args) and self._same(a.kwargs, b.kwargs):
             return True
-        if packet(a) not in _SIZED or len(a.args) != 2 or len(b.args) != 2 or not self._same(a.args[0], b.args[0]):
+        if packet(a) not in SIZED or len(a.args) != 2 or len(b.args) != 2 or not self._same(a.args[0], b.args[0]):
             return False
         one, other = a.meta.get("val"), b.meta.get("val")  # -1 or the size itself
         return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape
@@ -204,10 +205,7 @@ class _Comparison:
         tensor, kind = self.tape.tensors[found]
         if kind == "weight":
             return name == found
-        known = self.graph.tensors.get(name)  # made by the forward itself
-        if known is None or self.graph.kinds[name] != "constant" or known.is_meta or tensor.is_meta:
-            return False
-        return known.dtype == tensor.dtype and torch.equal(known, tensor)
+        return self.graph.constant_is(name, tensor)  # made by the forward itself
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

@@ -290,9 +290,7 @@ class FXView(Graph):
             return (), (), "bool" if isinstance(val, bool) else "int64"
         if isinstance(val, (torch.SymFloat, float)):
             return (), (), "float64"
-        if isinstance(val, (torch.SymBool,)):
-            return (), (), "bool"
-        return None, None, "unknown"
+        return ((), (), "bool") if isinstance(val, torch.SymBool) else (None, None, "unknown")
 
     def hint(self, size: Any) -> int:
         """Concrete size of a dimension: its symbols take the sizes in ``self.sizes``, else those of the trace."""
@@ -338,6 +336,13 @@ class FXView(Graph):
     def is_persistent(self, name: str) -> bool:
         """Does the caller's state_dict hold this name? (True for names foldline added.)"""
         return name not in self.source.unsaved
+
+    def constant_is(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a constant of the forward itself is this one, bit for bit."""
+        known = self.tensors.get(name)
+        if known is None or self.kinds[name] != "constant" or known.is_meta or tensor.is_meta:
+            return False
+        return known.dtype == tensor.dtype and torch.equal(known, tensor)
 
     # ---- calls ------------------------------------------------------------------------------------------------
     def bind_tensors(self, batch: Any) -> dict[str, torch.Tensor]:
