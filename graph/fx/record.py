@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -69,14 +69,18 @@ class Recorded:
             raise CannotRecord("in-place operations on views")
 
 
+@lru_cache(maxsize=256)
+def _positional(function: Any) -> list[str]:
+    """Names of the arguments that may be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
 def _leaf_names(found: Capture) -> list[str]:
     """One name per leaf of the call: the argument's, numbered where it is a container."""
     assert found.module is not None
-    parameters = [
-        p.name
-        for p in inspect.signature(found.module.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    own = getattr(found.module.forward, "__func__", None)
+    parameters = _positional(found.module.forward) if own is None else _positional(own)[1:]
     names = [parameters[i] if i < len(parameters) else f"arg_{i}" for i in range(len(found.args))]
     out: list[str] = []
     for name, item in [*zip(names, found.args, strict=True), *found.kwargs.items()]:
@@ -221,6 +225,7 @@ class Tape(SchemaCheckMode):
 
         if func._dispatch_cache.setdefault(_PRE_DISPATCH, handler) is handler:
             self.answered.append(func)
+            _MET[func] = None
 
     def forget(self) -> None:
         """Take back what :meth:`_answer_directly` left in torch's tables."""
@@ -332,6 +337,8 @@ def _user_frame() -> tuple[str, int, str] | None:
     return None
 
 
+_MET: dict[Any, None] = {}
+"""Operators that earlier recordings met."""
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -339,6 +346,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 def _recording(tape: Tape) -> Iterator[None]:
     with _compiling_state_context() if tape.compiling else nullcontext(), torch._C._EnablePythonDispatcher():
         _set_mode_pre_dispatch(tape)
+        for func in list(_MET):  # spares each its way through torch's mode stack
+            tape._answer_directly(func)
         try:
             yield
         finally:

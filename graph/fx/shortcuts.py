@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -21,8 +21,45 @@ def shortcut(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return None
 
 
-def _like(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _like(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Of the same layout, where torch keeps it: no gaps."""
+    if x.is_contiguous():
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    if not _dense(x):
+        return None
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """Whether a tensor's elements fill a piece of memory, each once."""
+    size = 1
+    for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
+        if n > 1:
+            if stride != size:
+                return False
+            size *= n
+    return True
+
+
+def _call(name: str) -> Rule:
+    """The tensor's own method: the same call, without a search through its schema."""
+
+    def rule(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(x, name)(*args, **kwargs)
+
+    return rule
+
+
+def _slice(x: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
+    if not -x.ndim <= dim < x.ndim:
+        return None
+    return x[(slice(None),) * (dim % x.ndim) + (slice(start, end, step),)]
+
+
+def _contiguous(x: torch.Tensor, **kwargs: Any) -> Any:
+    if kwargs:
+        return None
+    return x if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
 def _in_place(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -80,17 +117,123 @@ def _binary(x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         return None
     if not isinstance(y, torch.Tensor):
         return _like(x) if isinstance(y, (int, float)) else None
+    return _together(x, y)
+
+
+def _together(x: torch.Tensor, y: torch.Tensor) -> Any:
     if x.dtype != y.dtype:
         return None
     if x.shape == y.shape:
-        return _like(x) if x.stride() == y.stride() else None
-    wide = x if x.numel() > y.numel() else y
-    narrow = y if wide is x else x
-    if not (wide.is_contiguous() and narrow.is_contiguous()) or narrow.ndim > wide.ndim:
+        return _like(x) if x.is_contiguous() and y.is_contiguous() or x.stride() == y.stride() else None
+    if not (x.is_contiguous() and y.is_contiguous()):
         return None  # torch orders the strides of the result
-    tail = wide.shape[wide.ndim - narrow.ndim :]
-    fits = all(n in (1, w) for n, w in zip(narrow.shape, tail, strict=True))
-    return torch.empty(wide.shape, dtype=wide.dtype, device="meta") if fits else None
+    shape = _broadcast(x.shape, y.shape)
+    return None if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
+
+
+def _broadcast(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
+    """The common shape; None if there is none."""
+    wide, narrow = (a, b) if len(a) >= len(b) else (b, a)
+    shape, lead = list(wide), len(wide) - len(narrow)
+    for i, n in enumerate(narrow, lead):
+        if shape[i] == 1:
+            shape[i] = n
+        elif n not in (1, shape[i]):
+            return None
+    return shape
+
+
+def _sum(x: Any, y: Any = None, **kwargs: Any) -> Any:
+    """Sums, differences and products of integers are integers."""
+    if isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.int32):
+        if isinstance(y, torch.Tensor):
+            return _together(x, y)
+        return _like(x) if type(y) is int else None
+    return _binary(x, y, **kwargs)
+
+
+def _comparison(x: torch.Tensor, y: Any) -> Any:
+    if isinstance(y, torch.Tensor):
+        if y.dtype != x.dtype or y.shape != x.shape or not y.is_contiguous():
+            return None
+    elif type(y) not in (int, float, bool):
+        return None
+    return torch.empty(x.shape, dtype=torch.bool, device="meta") if x.is_contiguous() else None
+
+
+def _where(condition: torch.Tensor, x: Any, y: Any) -> Any:
+    if not all(isinstance(t, torch.Tensor) and t.shape == condition.shape and t.is_contiguous() for t in (x, y)):
+        return None
+    if x.dtype != y.dtype or condition.dtype != torch.bool or not condition.is_contiguous():
+        return None
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+def _signed(x: torch.Tensor) -> Any:
+    return _like(x) if x.dtype in (torch.int64, torch.int32) or x.is_floating_point() else None
+
+
+def _power(x: torch.Tensor, exponent: Any) -> Any:
+    return _like(x) if x.is_floating_point() and type(exponent) in (int, float) else None
+
+
+def _cumulated(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+    if not -x.ndim <= dim < x.ndim or not x.is_contiguous() or x.dtype not in _CUMULATED:
+        return None
+    return torch.empty(x.shape, dtype=dtype or _CUMULATED[x.dtype], device="meta")
+
+
+_CUMULATED = {torch.int32: torch.int64, torch.int64: torch.int64, torch.float32: torch.float32}
+
+
+def _gather(x: torch.Tensor, dim: int, index: torch.Tensor, **kwargs: Any) -> Any:
+    if index.dtype != torch.int64 or index.ndim != x.ndim or not x.ndim or not -x.ndim <= dim < x.ndim:
+        return None
+    if any(n > m for i, (n, m) in enumerate(zip(index.shape, x.shape, strict=True)) if i != dim % x.ndim):
+        return None
+    return torch.empty(index.shape, dtype=x.dtype, device="meta")
+
+
+def _cat(tensors: Any, dim: int = 0) -> Any:
+    first = tensors[0]
+    rank, shape = first.ndim, list(first.shape)
+    if not rank or not -rank <= dim < rank:
+        return None
+    dim %= rank
+    for t in tensors:
+        if t.ndim != rank or t.dtype != first.dtype or (rank > 3 and (not t.is_contiguous() or _spread(t))):
+            return None
+        if any(i != dim and n != m for i, (n, m) in enumerate(zip(t.shape, shape, strict=True))):
+            return None
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _spread(t: torch.Tensor) -> bool:
+    """Whether channels-last fits, too (an axis of one): torch chooses then."""
+    return (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)) or t.ndim == 5
+
+
+def _norm(x: torch.Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    fits = dim is not None and all(-x.ndim <= d < x.ndim for d in ([dim] if isinstance(dim, int) else dim))
+    return _mean(x, dim, keepdim) if fits and dtype is None and type(ord) in (int, float) and x.numel() else None
+
+
+def _max_pool(
+    x: torch.Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Any:
+    if ceil_mode or x.ndim != 4 or not x.is_contiguous() or _spread(x):
+        return None
+    shape = list(x.shape[:2])
+    for i in range(2):
+        step, pad, gap, size = (
+            (v if isinstance(v, int) else v[i] if len(v) > 1 else v[0])
+            for v in (stride or kernel, padding, dilation, kernel)
+        )
+        shape.append((x.shape[2 + i] + 2 * pad - gap * (size - 1) - 1) // step + 1)
+        if 2 * pad > size or shape[-1] < 1:
+            return None
+    return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 def _adaptive_pool(x: torch.Tensor, output_size: Any) -> Any:
@@ -113,7 +256,7 @@ def _mean(x: torch.Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return None
-    if not x.is_contiguous() or not (bias is None or _vector(bias, weight.shape[0], x.dtype)):
+    if not (bias is None or _vector(bias, weight.shape[0], x.dtype)):
         return None
     return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
 
@@ -189,8 +332,10 @@ _RULES: dict[Any, Rule] = {
     **_rules(
         {
             "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid sigmoid tanh exp erf "
-            "softplus sqrt rsqrt neg abs sin cos log": _unary,
-            "add sub mul div": _binary,
+            "softplus sqrt rsqrt sin cos log": _unary,
+            "neg abs": _signed,
+            "add sub mul": _sum,
+            "div": _binary,
         },
         in_place=True,
     ),
@@ -208,8 +353,32 @@ _RULES: dict[Any, Rule] = {
             "matmul bmm mm": _matmul,
             "scaled_dot_product_attention": _attention,
             "embedding": _embedding,
+            "eq ne lt le gt ge": _comparison,
+            "cat": _cat,
+            "cumsum": _cumulated,
+            "gather": _gather,
+            "linalg_vector_norm": _norm,
+            "max_pool2d": _max_pool,
+            "contiguous": _contiguous,
+            "slice": _slice,
         }
     ),
+    **{
+        rule: _call(name)
+        for name, rule in {
+            "view": aten.view.default,
+            "reshape": aten.reshape.default,
+            "transpose": aten.transpose.int,
+            "permute": aten.permute.default,
+            "expand": aten.expand.default,
+            "unsqueeze": aten.unsqueeze.default,
+            "select": aten.select.int,
+            "flatten": aten.flatten.using_ints,
+            "squeeze": aten.squeeze.dim,
+        }.items()
+    },
+    aten.where.self: _where,
+    aten.pow.Tensor_Scalar: _power,
 }
 """Errors of shape are torch's to report: a rule returns None unless the operands fit."""
 
