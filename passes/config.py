@@ -129,12 +129,19 @@ def dump(name: str, seed: int, passes: Sequence[Pass], left_out: list[str] | Non
     return {"name": name, "seed": seed, "passes": entries}
 
 
+_PLAIN_FACTORIES = (dict, list, set, tuple)
+
+
 def chosen(step: Pass) -> dict[str, Any]:
     """The options of a pass that differ from their defaults, as Python objects."""
     found = {}
     for key, info in type(step).model_fields.items():
         value = getattr(step, key)
-        default = info.get_default(call_default_factory=True) if not info.is_required() else ...
+        default: Any
+        if info.default_factory in _PLAIN_FACTORIES:  # pydantic would inspect their signatures each time
+            default = info.default_factory()  # type: ignore[call-arg, misc]
+        else:
+            default = info.get_default(call_default_factory=True) if not info.is_required() else ...
         if value is default or (type(value) is type(default) and _equal(value, default)):
             continue
         found[key] = value

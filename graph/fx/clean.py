@@ -103,11 +103,12 @@ def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], 
     if any(v is None for v in examples):
         return
     try:
-        body = make_fx(call, tracing_mode="symbolic" if not _has_fake(examples) else "real")(*examples)
+        body = make_fx(call, tracing_mode="real")(*examples)
     except Exception:  # no decomposition for these arguments: the call stays whole (and becomes opaque)
         return
     if any(n.op == "get_attr" for n in body.graph.nodes):
         return
+    recorded = not _has_fake(examples)
     env: dict[fx.Node, Any] = {}
     made: list[fx.Node] = []
     value: Any = None
@@ -120,7 +121,8 @@ def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], 
                 value = fx.node.map_arg(inner.args[0], lambda n: env[n])
             else:
                 new = graph.node_copy(inner, lambda n: env[n])
-                new.meta = {**node.meta, "val": inner.meta.get("val")}
+                val = inner.meta.get("val")
+                new.meta = {**node.meta, "val": _on_meta(val) if recorded else val}
                 env[inner] = new
                 made.append(new)
     if isinstance(value, (tuple, list)):
@@ -143,3 +145,10 @@ def _core_decompositions() -> Any:
 
 def _has_fake(values: list[Any]) -> bool:
     return any(isinstance(v, torch._subclasses.FakeTensor) for v in values)
+
+
+def _on_meta(val: Any) -> Any:
+    """A fake value as the plain meta tensors that recorded graphs hold."""
+    if isinstance(val, torch.Tensor):
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+    return type(val)([_on_meta(v) for v in val]) if isinstance(val, (list, tuple)) else val

@@ -1,4 +1,4 @@
-"""Following a module call by call along a recorded graph: the quick form of the proof by calls, without a second graph."""
+"""Following a module along a recorded graph, call by call: the quick form of the proof by calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .clean import is_full_slice
 from .functional import IN_PLACE, packet
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, SIZES, CannotRecord, Tape, meta_like
 from .shortcuts import shortcut
-from .tensors import storage_key
+from .tensors import same_data, storage_key
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -172,7 +172,8 @@ class _Guide(Tape):
             name = self.by_key.get(storage_key(t))
             if name is not None:
                 return node.target == name
-        return self.view.constant_is(str(node.target), t)
+        constant = str(node.target)  # made by the forward itself
+        return self.view.kinds[constant] == "constant" and same_data(self.view.tensors.get(constant), t)
 
     # ---- answers -------------------------------------------------------------------------------------------------
     def _answer(self, node: fx.Node, val: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -15,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from ..errors import UnsupportedOp
 
 aten = torch.ops.aten
+Found = TypeVar("Found")
 IN_PLACE = "_foldline_in_place"
 """In the meta of a node that was a call in place on its first argument: that call's target."""
 
@@ -40,12 +40,20 @@ _MAY_RETURN_INPUT = {
 }
 
 
-def packet(node: fx.Node) -> str:
-    """``"aten.conv2d"`` for an OpOverload, ``"operator.mul"`` or the like for a Python function."""
-    return packet_of(node.target)
+def by_identity(function: Callable[[Any], Found]) -> Callable[[Any], Found]:
+    """Like functools.cache for operators, whose own hash is Python code: each is kept, so that its id stays its own."""
+    table: dict[int, tuple[Found, Any]] = {}
+
+    def look_up(target: Any) -> Found:
+        known = table.get(id(target))
+        if known is None:
+            known = table[id(target)] = function(target), target
+        return known[0]
+
+    return look_up
 
 
-@cache
+@by_identity
 def packet_of(target: Any) -> str:
     """The same of a call's target."""
     if isinstance(target, torch._ops.OpOverload):
@@ -54,6 +62,11 @@ def packet_of(target: Any) -> str:
         return f"higher_order.{target.name()}"
     module = getattr(target, "__module__", "") or ""
     return f"{module.lstrip('_')}.{getattr(target, '__name__', str(target))}"
+
+
+def packet(node: fx.Node) -> str:
+    """``"aten.conv2d"`` for an OpOverload, ``"operator.mul"`` or the like for a Python function."""
+    return packet_of(node.target)
 
 
 class Pure:
@@ -231,7 +244,7 @@ def _mutates(node: fx.Node) -> bool:
     return node.op == "call_function" and _writes(node.target)
 
 
-@cache
+@by_identity
 def _writes(target: Any) -> bool:
     mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
     return mutable and not str(target).startswith("aten.copy_.")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from .functional import packet, packet_of
+from .functional import by_identity, packet, packet_of
 
 Slot: TypeAlias = tuple[str | int, int | None]
 """Where an operand sits in a call: (argument name or position, index inside a list argument)."""
@@ -34,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-@cache
+@by_identity
 def _signature(target: Any) -> tuple[Any, str, tuple[Any, ...], dict[str, int]]:
     """(schema, overload, arguments, position by name) of a call's target; torch builds these anew at every access."""
     if not isinstance(target, torch._ops.OpOverload):
@@ -55,15 +54,17 @@ class Call:
 
     def get(self, name: str | int, default: Any = None) -> Any:
         """The argument, or its schema default."""
+        args = self.node.args
         if isinstance(name, int):
-            return self.node.args[name] if name < len(self.node.args) else default
-        if name not in self._position:
+            return args[name] if name < len(args) else default
+        i = self._position.get(name)
+        if i is None:
             return default
-        if name in self.node.kwargs:
-            return self.node.kwargs[name]
-        i = self._position[name]
-        if i < len(self.node.args):
-            return self.node.args[i]
+        kwargs = self.node.kwargs
+        if name in kwargs:
+            return kwargs[name]
+        if i < len(args):
+            return args[i]
         argument = self.arguments[i]
         return argument.default_value if argument.has_default_value() else default
 
@@ -197,7 +198,8 @@ def known(node: fx.Node) -> bool:
     if node.target is operator.getitem or node.op != "call_function":
         return True
     _load_families()
-    return packet(node) in _READERS and _READERS[packet(node)](Call(node)) is not None
+    reader = _READERS.get(packet(node))
+    return reader is not None and reader(Call(node)) is not None
 
 
 def read(node: fx.Node) -> Spec:
@@ -237,7 +239,7 @@ def native_name(node: fx.Node) -> str:
     return _native_name(node.target)
 
 
-@cache
+@by_identity
 def _native_name(target: Any) -> str:
     return str(target) if isinstance(target, torch._ops.OpOverload) else packet_of(target)
 

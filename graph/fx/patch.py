@@ -38,6 +38,9 @@ def _pairs(old: Any, new: Any) -> list[tuple[int, int]]:
     """Aligned (old, new) integers of two attribute values or shapes."""
     if old is None or new is None:
         return []
+    if type(old) is tuple and type(new) is tuple and len(old) == len(new):
+        if all([type(a) is int and type(b) is int for a, b in zip(old, new, strict=True)]):
+            return list(zip(old, new, strict=True))
     if isinstance(old, bool) or isinstance(new, bool):
         return []
     if isinstance(old, int) and isinstance(new, int):
@@ -47,7 +50,9 @@ def _pairs(old: Any, new: Any) -> list[tuple[int, int]]:
     return []
 
 
-_SIZE_ATTRS = ("shape", "sizes", "groups", "starts", "ends", "repeats", "normalized_shape", "pads", "factor", "index")
+_SIZE_ATTRS = frozenset(
+    ("shape", "sizes", "groups", "starts", "ends", "repeats", "normalized_shape", "pads", "factor", "index")
+)
 
 
 class SizeChanges:
@@ -64,8 +69,8 @@ class SizeChanges:
             record = graph.pristine.get(node.name)
             if record is None:
                 continue
-            for key in _SIZE_ATTRS:
-                for old, new in _pairs(record.attrs.get(key), node.attrs.get(key)):
+            for key in [k for k in record.attrs if k in _SIZE_ATTRS]:
+                for old, new in _pairs(record.attrs[key], node.attrs.get(key)):
                     self.attrs[record.scope][old].add(new)
             for before, value in zip(record.shapes, node.outputs, strict=False):
                 for old, new in _pairs(before, value.shape):

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 from threading import get_ident
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from torch._ops import _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch, unse
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
-from .functional import make_functional
+from .functional import by_identity, make_functional
 from .shortcuts import shortcut
 from .tensors import storage_key
 from .trace import Capture, copied_with, module_tensors
@@ -32,6 +32,9 @@ _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 NODE = "_foldline_node"
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 PRE_DISPATCH_SET = torch._C.DispatchKeySet(_PRE_DISPATCH)
+
+
+_ATOMS = frozenset((type(None), bool, int, float, torch.dtype))
 
 
 class CannotRecord(Exception):
@@ -62,6 +65,8 @@ class Recorded:
             raise
         except Exception as error:  # user code on meta tensors: whatever fails there, torch.export decides
             raise CannotRecord(f"{type(error).__name__}: {str(error)[:200]}") from error
+        finally:
+            del tape.twin  # its hooks know the tape: garbage that would wait for a search
         leaves, self.out_spec = pytree.tree_flatten(result)
         tape.graph.output(tuple(tape.held(x) if isinstance(x, torch.Tensor) else x for x in leaves))
         self.graph = tape.graph
@@ -116,8 +121,14 @@ class Tape(SchemaCheckMode):
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
         """What is called: a copy of the module on meta tensors."""
-        names = {id(t): (n, "parameter") for n, t in reversed(list(module.named_parameters()))}
-        names |= {id(t): (n, "buffer") for n, t in module.named_buffers()}
+        names: dict[int, tuple[str, str]] = {}
+        for path, m in modules_of(module):
+            prefix = f"{path}." if path else ""
+            for n, t in m._parameters.items():
+                names.setdefault(id(t), (prefix + n, "parameter"))
+            for n, t in m._buffers.items():
+                if names.get(id(t), ("", "parameter"))[1] == "parameter":
+                    names[id(t)] = prefix + n, "buffer"
         replace: dict[int, torch.Tensor] = {}
         same: dict[tuple[Any, ...], torch.Tensor] = {}
         for key, t in module_tensors(module).items():
@@ -237,7 +248,7 @@ class Tape(SchemaCheckMode):
         """One call of the model: recorded, and answered by shape."""
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise CannotRecord("an autocast region")
-        given = self._arguments(args), self._arguments(kwargs) if kwargs else {}
+        given = tuple([self._argument(a) for a in args]), self._argument(kwargs) if kwargs else {}
         with torch._C._ExcludeDispatchKeyGuard(PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
             out = shortcut(func, args, kwargs)
             if out is None:
@@ -254,7 +265,7 @@ class Tape(SchemaCheckMode):
         node.meta.update(self._origin(), val=_described(out))
         if isinstance(out, torch.Tensor):
             setattr(out, NODE, node)
-            if not node.all_input_nodes or func in MAKERS:
+            if not node.all_input_nodes or _wraps(func):
                 self.fresh[out.untyped_storage()._cdata] = (node, out)
         else:
             for i, part in enumerate(out):
@@ -262,17 +273,16 @@ class Tape(SchemaCheckMode):
                     setattr(part, NODE, _item(self.graph, node, i, part))
         return out
 
-    def _arguments(self, item: Any) -> Any:
+    def _argument(self, item: Any) -> Any:
+        if type(item) in _ATOMS:
+            return item
         if isinstance(item, torch.Tensor):
             return self.held(item)
         if isinstance(item, (list, tuple)):
-            return (
-                type(item)([self._arguments(x) for x in item])
-                if type(item) in (list, tuple)
-                else tuple(self._arguments(x) for x in item)
-            )
+            new = [self._argument(x) for x in item]
+            return new if type(item) is list else tuple(new)
         if isinstance(item, dict):
-            return {k: self._arguments(v) for k, v in item.items()}
+            return {k: self._argument(v) for k, v in item.items()}
         if isinstance(item, torch.device) and item.type == "meta":
             return self.device
         return item
@@ -299,6 +309,13 @@ MAKERS = {
     for overload in getattr(aten, name).overloads()
 }
 """Their Python bindings wrap the result once more, as those of factories do."""
+
+
+@by_identity
+def _wraps(func: Any) -> bool:
+    return func in MAKERS
+
+
 SIZES = {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
 
 
@@ -307,7 +324,7 @@ def meta_like(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-@cache
+@by_identity
 def _plain_name(func: Any) -> str:
     """What torch.export calls a node of this op."""
     return str(func.overloadpacket.__name__).strip("_")

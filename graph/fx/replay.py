@@ -15,7 +15,7 @@ from .follow import META, SIZED, follows
 from .functional import make_functional, packet
 from .ops import known
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, Tape, meta_like
-from .tensors import storage_key
+from .tensors import same_data, storage_key
 from .walk import modules_of
 
 if TYPE_CHECKING:
@@ -205,7 +205,9 @@ class _Comparison:
         tensor, kind = self.tape.tensors[found]
         if kind == "weight":
             return name == found
-        return self.graph.constant_is(name, tensor)  # made by the forward itself
+        if self.graph.kinds.get(name) != "constant":
+            return False
+        return same_data(self.graph.tensors.get(name), tensor)  # made by the forward itself
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

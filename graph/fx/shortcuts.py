@@ -7,16 +7,28 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .functional import by_identity
+
 aten = torch.ops.aten
 Rule: TypeAlias = Callable[..., Any]
 
 
+@by_identity
+def _rule(func: Any) -> Rule | None:
+    return _RULES.get(func)
+
+
+@by_identity
+def _makes(func: Any) -> bool:
+    return func in _FACTORIES
+
+
 def shortcut(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the call returns, as a meta tensor; None where torch must say it."""
-    rule = _RULES.get(func)
+    rule = _rule(func)
     if rule is not None:
         return rule(*args, **kwargs)
-    if func in _FACTORIES:
+    if _makes(func):
         return func(*args, **{**kwargs, "device": "meta"})
     return None
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def dead_entries(graph: FXView, module: nn.Module) -> list[str]:
     """Paths of the entries of ModuleLists and Sequentials all of whose calls were erased from the graph."""
     live = {n.name for n in graph.nodes}
+    if live >= graph.pristine.keys():
+        return []  # none was erased
     called: dict[str, bool] = {}
     for name, record in graph.pristine.items():
         path = record.scope

@@ -21,6 +21,13 @@ def storage_key(t: torch.Tensor) -> tuple[Any, ...]:
     return (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()))
 
 
+def same_data(a: torch.Tensor | None, b: torch.Tensor) -> bool:
+    """Whether both have data, and it is the same bit for bit."""
+    if a is None or a.is_meta or b.is_meta:
+        return False
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
 def to_numpy(t: torch.Tensor, name: str = "") -> np.ndarray:
     """Tensor data as numpy (bfloat16, float8: ml_dtypes), without a copy on CPU. ConstraintError on meta tensors."""
     if t.is_meta:

@@ -284,13 +284,16 @@ class FXView(Graph):
     def describe(self, val: Any) -> tuple[tuple[Dim, ...] | None, tuple[int, ...] | None, str]:
         """(symbolic shape, hint, dtype) of a fake value; sizes are 0-d int64."""
         if isinstance(val, torch.Tensor):
+            if self.mode is None:
+                sizes = tuple(val.shape)
+                return sizes, sizes, dtype_name(val.dtype)
             shape = tuple(s if isinstance(s, int) else str(s.node.expr) for s in val.shape)
             return shape, tuple(self.hint(s) for s in val.shape), dtype_name(val.dtype)
         if isinstance(val, (torch.SymInt, int)):
             return (), (), "bool" if isinstance(val, bool) else "int64"
-        if isinstance(val, (torch.SymFloat, float)):
-            return (), (), "float64"
-        return ((), (), "bool") if isinstance(val, torch.SymBool) else (None, None, "unknown")
+        if isinstance(val, (torch.SymFloat, torch.SymBool, float)):
+            return (), (), "bool" if isinstance(val, torch.SymBool) else "float64"
+        return None, None, "unknown"
 
     def hint(self, size: Any) -> int:
         """Concrete size of a dimension: its symbols take the sizes in ``self.sizes``, else those of the trace."""
@@ -336,13 +339,6 @@ class FXView(Graph):
     def is_persistent(self, name: str) -> bool:
         """Does the caller's state_dict hold this name? (True for names foldline added.)"""
         return name not in self.source.unsaved
-
-    def constant_is(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a constant of the forward itself is this one, bit for bit."""
-        known = self.tensors.get(name)
-        if known is None or self.kinds[name] != "constant" or known.is_meta or tensor.is_meta:
-            return False
-        return known.dtype == tensor.dtype and torch.equal(known, tensor)
 
     # ---- calls ------------------------------------------------------------------------------------------------
     def bind_tensors(self, batch: Any) -> dict[str, torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...graph.groups import AxisGroup, Member
 from ...graph.quantized import is_numeric, real
+from ...graph.space import Leaf, norm
 
 if TYPE_CHECKING:
     from .evidence import Evidence
@@ -32,6 +34,9 @@ def slab_norms(g: AxisGroup, member: Member, order: float, evidence: Evidence) -
     """
     key = f"norm {order} of {member.weight.name}[{member.axis}]"
     along = evidence.once(key, lambda: _norms_along(real(member.weight), member.axis, order))
+    space = norm(member.space)
+    if isinstance(space, Leaf) and space.atom is g.atom and space.perm is None:  # each position stands for itself
+        return np.sqrt(along) if order == 2 else along.astype(np.float64)
     at = member.positions(g.atom)
     if order == np.inf:
         found = np.zeros(g.size)
@@ -48,7 +53,7 @@ def _norms_along(data: np.ndarray, axis: int, order: float) -> np.ndarray:
     if data.dtype not in (np.float32, np.float64):
         data = data.astype(np.float32)
     size = data.shape[axis]
-    x = data.reshape(int(np.prod(data.shape[:axis])), size, -1)
+    x = data.reshape(prod(data.shape[:axis]), size, -1)
     total = np.zeros(size)
     for rows in range(0, len(x), 256):
         for columns in range(0, x.shape[2], 4096):
