@@ -80,7 +80,7 @@ def test_images_are_shifted_and_mirrored_and_the_same_for_the_same_seed() -> Non
 
 def test_the_update_is_that_of_sgd_with_nesterov_momentum() -> None:
     torch.manual_seed(0)
-    budget = training.Budget(1, batch=4, clip=0.0)
+    budget = training.Budget(1, batch=4, rate=0.1, clip=0.0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
     twin = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 30 * 30, 10))
     twin.load_state_dict(model.state_dict())
@@ -89,7 +89,7 @@ def test_the_update_is_that_of_sgd_with_nesterov_momentum() -> None:
     for step in range(3):
         pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
         labels = torch.tensor([1, 2, 3, step])
-        trainee.step(pixels, labels, torch.tensor(0.1))
+        trainee.step(pixels, labels, torch.tensor(1.0))
         optimizer.zero_grad()
         F.cross_entropy(twin(training.normalized(pixels)), labels).backward()
         optimizer.step()

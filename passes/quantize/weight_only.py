@@ -87,12 +87,13 @@ class WeightOnly(Pass):
             ConstraintError: there is no weight to quantize, or a pattern matches none.
         """
         ignored = {n.name for n in graph.nodes if any(matches(n, pattern) for pattern in self.ignore)}
-        ignored |= ctx.float_nodes
         for pattern in (*self.ignore, *self.formats):
             if not any(matches(n, pattern) for n in graph.nodes):
                 raise ConstraintError("a pattern matches nothing", value=pattern, hint="`foldline inspect MODEL`")
         tied = retie(graph) if self.embeddings else []
-        sites, decisions = find_sites(graph, ignored, embeddings=self.embeddings, convolutions=self.convolutions)
+        sites, decisions = find_sites(
+            graph, ignored, inserted=ctx.float_nodes, embeddings=self.embeddings, convolutions=self.convolutions
+        )
         if not sites:
             raise ConstraintError(
                 "there is no weight to quantize", node=graph.name, expected="a linear layer with a stored weight",

@@ -52,12 +52,13 @@ class WeightSite:
 
 
 def find_sites(
-    graph: Graph, ignored: Collection[str], *, embeddings: bool, convolutions: bool
+    graph: Graph, ignored: Collection[str], *, embeddings: bool, convolutions: bool, inserted: Collection[str] = ()
 ) -> tuple[list[WeightSite], list[Decision]]:
     """The weights to quantize in the order of their first use, and why others are not.
 
     Args:
         ignored: names of nodes whose weights stay as they are.
+        inserted: names of nodes that an earlier pass inserted to compute in float; theirs stay, too.
         embeddings: take tables that a gather reads, too (and matrices tied to one).
         convolutions: take kernels too.
     """
@@ -69,7 +70,9 @@ def find_sites(
             continue
         reason = ""
         if any(n.name in ignored for n in (*site.matrices, *site.tables)):
-            reason = "it is on the ignore list, or an earlier pass inserted it to compute in float"
+            reason = "it is on the ignore list"
+        elif any(n.name in inserted for n in (*site.matrices, *site.tables)):
+            reason = "an earlier pass inserted it to compute in float"
         elif weight.dtype not in FLOATS:
             reason = f"it is stored as {weight.dtype}"
         elif site.tables and not embeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class Smooth(Pass):
     activation_bits: int | None = Field(None, ge=2, le=16)
     """Width of the activations, instead of the target's."""
     alphas: list[float] = Field(default_factory=lambda: [round(0.05 * i, 2) for i in range(21)], min_length=1)
-    """Strengths tried for every layer; one entry sets it for all."""
+    """Strengths tried for every layer; one entry sets it for all, whatever it gains (the published recipe)."""
     insert: bool = False
     """Insert a product where nothing before a layer absorbs the division (a residual reads the same value, a GELU)."""
     gain_db: float = Field(0.1, ge=0)
@@ -101,7 +102,7 @@ class Smooth(Pass):
 
     def _put(self, scaler: Scaler, site: Site, found: Found, by_product: bool, why: str) -> Decision:
         data = {"alpha": found.alpha, "before_db": found.before_db, "after_db": found.after_db}
-        least = self.insert_gain_db if by_product else self.gain_db
+        least = self.insert_gain_db if by_product else -math.inf if len(self.alphas) == 1 else self.gain_db
         if found.factors is None or found.after_db - found.before_db < least:
             gained = max(found.after_db - found.before_db, 0.0)
             return Decision(site.name, "kept", f"the best alpha gains {gained:.2f} dB, less than {least}", data)
@@ -157,7 +158,7 @@ def search(
     before = error(None)
     strength, least = None, before
     for alpha in alphas:
-        if (now := error(alpha)) < least:
+        if (now := error(alpha)) < least or len(alphas) == 1:
             strength, least = alpha, now
     best = None if strength is None else factors(halves.whole, strength)
     return Found(best, strength or 0.0, _db(power, before), _db(power, least))
