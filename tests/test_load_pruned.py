@@ -82,12 +82,14 @@ def fixed(seed=0):
 
 FRESH = """
 import sys, time, torch, foldline as fl, prunednets
+torch.set_num_threads(int(sys.argv[3]))
 model, x = getattr(prunednets, sys.argv[1])(seed=5)
 start = time.perf_counter()
 small = fl.load_pruned(model, "out", *([x] if sys.argv[2] == "x" else []))
 seconds = time.perf_counter() - start
 loaded = [m for m in sys.modules if m.startswith("foldline.passes.prune") or m.startswith("foldline.graph.analysis")]
-torch.save((small(*x), isinstance(small, torch.fx.GraphModule), loaded, seconds, model(*x)), "found.pt")
+graph = isinstance(small, torch.fx.GraphModule)
+torch.save((small(*x), graph, loaded, seconds, model(*x), small.state_dict()), "found.pt")
 """
 
 
@@ -108,8 +110,12 @@ def test_a_fresh_process_loads_the_pruned_model(nets: Any, tmp_path: Path, name:
     result = P.prune(model, x, ratio=0.5)
     result.save("out")
     assert isinstance(result.model, torch.fx.GraphModule) == (name == "fixed")
-    subprocess.run([sys.executable, "-c", FRESH, name, "-" if name == "make" else "x"], check=True, cwd=tmp_path)
-    found, graph, loaded, seconds, unpruned = torch.load(tmp_path / "found.pt")
+    threads = str(torch.get_num_threads())  # sums over other numbers of threads are rounded otherwise
+    call = [sys.executable, "-c", FRESH, name, "-" if name == "make" else "x", threads]
+    subprocess.run(call, check=True, cwd=tmp_path)
+    found, graph, loaded, seconds, unpruned, state = torch.load(tmp_path / "found.pt")
+    held = result.model.state_dict()
+    assert list(state) == list(held) and all(torch.equal(state[n], t) for n, t in held.items())
     assert torch.equal(found, result.model(*x))
     assert graph == (name == "fixed")
     if name == "make":
