@@ -7,10 +7,10 @@ class, proved to make the calls of the cut graph. The peer, torch-pruning 1.6.1:
 ignored_layers=[head])`` and ``step()``: build, init and step, in place. Both in a process of their own per model (10
 GiB of address space), one thread, after one call on a two-layer network (imports and first-call caches are not
 counted); the best of the runs (no further one after ``--enough`` seconds), each on a fresh copy of the model; memory is
-the growth of the process's peak over one call, the copy it works on included. The side that fails says how. ``--both``: the models that both sides
-manage (coverage.py). ``--cpu`` prints processor time instead of wall time, for a machine with other jobs. ``--json``
-keeps one line per model; what it holds already is printed again, not run again. Needs the extras timm, transformers,
-bench.
+the growth of the process's peak over one call, the copy it works on included. The side that fails says how. ``--both``:
+the models that both sides manage (coverage.py). ``--cpu`` prints processor time instead of wall time, for a machine
+with other jobs. ``--json`` keeps one line per model; what it holds already is printed again, not run again. Needs the
+extras timm, transformers, bench.
 """
 
 from __future__ import annotations

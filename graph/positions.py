@@ -15,7 +15,8 @@ Selection: TypeAlias = Mapping[Atom, np.ndarray]
 
 def size_after(e: Space, selection: Selection) -> int:
     """Size of an axis once each atom keeps the selected indices only."""
-    e = norm(e)
+    if type(e) is not Leaf or e.atom.binding is not None:
+        e = norm(e)
     if isinstance(e, Leaf):
         kept = selection.get(e.atom)
         return e.size if kept is None else len(kept)

@@ -137,6 +137,8 @@ def leaves(e: Space) -> Iterator[Leaf]:
 
 def atoms(e: Space) -> dict[Atom, None]:
     """The unbound atoms of an expression, in order of first occurrence."""
+    if type(e) is Leaf and e.atom.binding is None:
+        return {e.atom: None}
     return {leaf.atom: None for leaf in leaves(norm(e))}
 
 

@@ -9,6 +9,7 @@ import foldline as fl
 import pytest
 import torch
 from foldline import passes as P
+from foldline.graph.fx.follow import follows
 from foldline.graph.fx.replay import replays
 from torch import nn
 
@@ -84,3 +85,57 @@ def test_torch_is_left_without_traces_of_the_recording() -> None:
     with pytest.raises(Exception):  # noqa: B017  (whatever the module raises)
         fl.load(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(5, 5)), torch.randn(2, 3, 12, 12), static=True)
     assert key not in torch.ops.aten.conv2d.default._dispatch_cache
+
+
+class Overwrites(nn.Module):
+    """Reads a view after its source was passed through relu, which may be in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.in_place, self.late, self.spare = False, False, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        seen = y.view(-1)
+        if self.spare:
+            torch.zeros(3).sum(), y.exp(), y[:]
+        z = torch.relu_(y) if self.in_place else torch.relu(y)
+        return z.view(-1) if self.late else z.view(-1) + seen
+
+
+def _overwriting(recorded: dict[str, bool], run: dict[str, bool]) -> tuple[Any, nn.Module]:
+    model = Overwrites().eval()
+    for key, value in recorded.items():
+        setattr(model, key, value)
+    graph = fl.load(model, torch.randn(2, 6), static=True)
+    twin = copy.deepcopy(model)
+    for key, value in run.items():
+        setattr(twin, key, value)
+    return graph, twin
+
+
+@pytest.mark.parametrize(
+    ("recorded", "run", "same"),
+    [
+        ({}, {}, True),
+        ({}, {"in_place": True}, False),  # the view sees what was written
+        ({"in_place": True, "late": True}, {}, True),
+        ({}, {"spare": True}, True),  # calls whose results nobody reads
+        ({}, {"late": True}, False),
+    ],
+)
+def test_following_tells_writes_and_calls_that_nobody_reads(
+    recorded: dict[str, bool], run: dict[str, bool], same: bool
+) -> None:
+    graph, twin = _overwriting(recorded, run)
+    assert follows(graph, twin, _tensors(graph, twin)) is same
+    assert bool(replays(graph, twin, _tensors(graph, twin))) is same
+
+
+def test_following_takes_calls_in_place_as_recorded() -> None:
+    graph, twin = _both({})
+    twin.eval()
+    assert follows(graph, twin, _tensors(graph, twin))
+    twin.slope = 0.2  # type: ignore[assignment]
+    assert not follows(graph, twin, _tensors(graph, twin))

@@ -113,7 +113,6 @@ class Tape(SchemaCheckMode):
         self.stacks: dict[str, dict[str, tuple[str, str]]] = {}
         self.weights: dict[int, tuple[str, str, torch.Tensor]] = {}
         self.made: dict[str, fx.Node] = {}
-        self.first: fx.Node | None = None
         self.fresh: dict[int, tuple[fx.Node, torch.Tensor]] = {}
         self.answered: list[Any] = []
         self.keep: list[torch.Tensor] = []
@@ -204,11 +203,7 @@ class Tape(SchemaCheckMode):
         name, kind, original = known
         if name not in self.made:
             plain = name.replace(".", "_")
-            if self.first is None:
-                node = self.graph.create_node("get_attr", name, name=plain)
-            else:
-                with self.graph.inserting_before(self.first):
-                    node = self.graph.create_node("get_attr", name, name=plain)
+            node = self.graph.create_node("get_attr", name, name=plain)  # FXView puts them all first
             node.meta["val"] = tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
             self.made[name] = node
             self.tensors[name] = (original, kind)
@@ -261,7 +256,6 @@ class Tape(SchemaCheckMode):
         node.args = given[0]  # given at once, torch would look for symbolic numbers among them: half of the time
         if given[1]:
             node.kwargs = given[1]
-        self.first = self.first or node
         node.meta.update(self._origin(), val=_described(out))
         if isinstance(out, torch.Tensor):
             setattr(out, NODE, node)

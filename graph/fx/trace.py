@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
 from .quiet import quiet_torch
-from .walk import modules_of
+from .walk import modules_of, tensors_of
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -305,7 +305,7 @@ def describe(model: nn.Module, example_inputs: Any) -> Capture:
     """What is known before anything runs: the bare module, its flags and the example call."""
     model, notes = _unwrapped(model)
     args, kwargs = normalize_call(example_inputs)
-    if any(t.is_meta for t in model.parameters()) or any(t.is_meta for t in model.buffers()):
+    if any([t.is_meta for _, t in tensors_of(model)]):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
     training = {name: m.training for name, m in modules_of(model, repeated=True)}
     return Capture(None, model, args, kwargs, training, notes=notes)
