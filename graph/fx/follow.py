@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .clean import is_full_slice
-from .functional import IN_PLACE, packet
+from .functional import IN_PLACE, by_identity, packet
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, SIZES, CannotRecord, Tape, meta_like
 from .shortcuts import shortcut
 from .tensors import same_data, storage_key
@@ -99,7 +99,7 @@ class _Guide(Tape):
             written = node.meta.get(IN_PLACE)
             if func is not (written or node.target) or not self._matches(node, args, kwargs):
                 return self._aside(func, args, kwargs)
-            if written is None and func._schema.is_mutable:
+            if written is None and _writes(func):
                 raise Lost("a call with an effect")
             self.at += 1
             val = node.meta["val"]
@@ -210,7 +210,7 @@ class _Guide(Tape):
         """A call that the graph lacks: one that gives a size, a slice of everything, or one that nobody reads."""
         if func in SIZES:
             return func(*args, **kwargs)
-        if func._schema.is_mutable:
+        if _writes(func):
             raise Lost("a write that the graph lacks")
         if func is torch.ops.aten.slice.Tensor and not kwargs and is_full_slice(args):
             source = getattr(args[0], NODE, None)
@@ -247,6 +247,11 @@ class _Guide(Tape):
     def _meta(self, t: torch.Tensor) -> torch.Tensor:
         found = getattr(t, META, None)
         return meta_like(t) if found is None else found
+
+
+@by_identity
+def _writes(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
 
 
 def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.device]:

@@ -123,11 +123,11 @@ class Tape(SchemaCheckMode):
         names: dict[int, tuple[str, str]] = {}
         for path, m in modules_of(module):
             prefix = f"{path}." if path else ""
-            for n, t in m._parameters.items():
-                names.setdefault(id(t), (prefix + n, "parameter"))
-            for n, t in m._buffers.items():
-                if names.get(id(t), ("", "parameter"))[1] == "parameter":
-                    names[id(t)] = prefix + n, "buffer"
+            for n, parameter in m._parameters.items():
+                names.setdefault(id(parameter), (prefix + n, "parameter"))
+            for n, buffer in m._buffers.items():
+                if names.get(id(buffer), ("", "parameter"))[1] == "parameter":
+                    names[id(buffer)] = prefix + n, "buffer"
         replace: dict[int, torch.Tensor] = {}
         same: dict[tuple[Any, ...], torch.Tensor] = {}
         for key, t in module_tensors(module).items():
