@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from foldline.passes.base import Context
 from foldline.passes.quantize import BackendSpec, OpPlacement, Quantize, TensorFormat
 from foldline.passes.quantize.choices import chosen, narrowed
 from foldline.passes.quantize.spec.files import load_spec
+from foldline.passes.quantize.spec.op_rules import FACTS
+from foldline.passes.quantize.spec.validate import ATTRIBUTES
 from torch import nn
 
 FOLDER = Path(__file__).resolve().parents[1] / "backends"
@@ -65,12 +68,42 @@ def test_every_named_target_is_shipped() -> None:
         ({"ops": {"gather": {"role": "table"}}}, "names the weight's position"),
         ({"ops": {"conv": {"role": "anchor", "when": {"in_channels": {"least": 3}}}}}, "when.in_channels"),
         ({"forbidden": ["everything"]}, "forbidden"),
+        ({"schema": "1"}, "another version"),
+        ({"activations": {"dtype": "int88"}}, "did you mean 'int8'"),
+        ({"weights": {"dtype": "int8", "range": [-200, 200]}}, "value: weights.range"),
+        ({"activations": {"dtype": "int8", "granularity": "out_channel"}}, "activations.granularity"),
+        ({"weights": {"dtype": "float4_e2m1"}}, "did you mean 'float4_e2m1fn'"),
+        ({"ops": {"convolution": {"role": "anchor", "weight": 1}}}, "did you mean 'conv'"),
+        ({"commutes": ["max_pool", "reshap"]}, "value: commutes.1"),
+        ({"ops": {"conv": {"role": "ancor", "weight": 1}}}, "did you mean 'anchor'"),
+        ({"ops": {"conv": {"role": "anchor"}}}, "value: ops.conv.0.weight"),
+        ({"ops": {"linear": {"role": "anchor", "weight": 0, "data": [1]}}}, "the weight of linear is its operand 1"),
+        ({"ops": {"matmul": {"role": "anchor", "data": [0, -1]}}}, "counted from 0"),
+        ({"ops": {"conv": {"role": "anchor", "weight": 1, "bias": 1}}}, "different operands"),
+        ({"ops": {"conv": {"role": "anchor", "weight": 1, "activations": ["relu9"]}}}, "ops.conv.0.activations.0"),
+        ({"ops": {"add": {"role": "residual", "behind": ["convs"]}}}, "did you mean 'conv'"),
+        ({"ops": {"conv": {"role": "anchor", "weight": 1, "when": {"in_chanels": 8}}}}, "did you mean 'in_channels'"),
+        (
+            {"ops": {"conv": {"role": "float", "when": {"in_channels": {"multiple_of": 0}}}}},
+            "when.in_channels.multiple_of",
+        ),
+        ({"ops": {"conv": {"role": "float", "when": {"in_channels": {"min": "8"}}}}}, "a bound is a number"),
+        ({"channel_multiple": 0}, "channel_multiple"),
+        ({"export": {"opset": 99}}, "export.opset"),
+        ({"target": ""}, "a target has a name"),
     ],
 )
 def test_a_wrong_document_says_what_is_wrong(change: dict, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         BackendSpec.from_dict({**SMALL, **change}, "toy.yaml")
     assert said in str(caught.value) and "toy.yaml" in str(caught.value)
+
+
+def test_conditions_name_what_the_page_on_operators_names() -> None:
+    page = (FOLDER.parent / "docs" / "ops.md").read_text()
+    assert [a for a in sorted(ATTRIBUTES) if not re.search(rf"\b{a}\b", page)] == []
+    about = OpPlacement.__doc__ or ""
+    assert [fact for fact in sorted(FACTS) if f"``{fact}``" not in about] == []
 
 
 def test_a_file_extends_another_and_a_target(tmp_path: Path) -> None:

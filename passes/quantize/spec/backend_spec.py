@@ -11,8 +11,9 @@ from pydantic.dataclasses import dataclass
 
 from ....graph.errors import ConfigError
 from ....graph.ir import Node
-from .formats import STRICT, FloatName, IntegerName, TensorFormat
+from .formats import STRICT, TensorFormat, TypeName
 from .op_rules import OpPlacement
+from .validate import located, malformed, meaningful
 
 SCHEMA = 1
 """Version of the document's form."""
@@ -77,8 +78,8 @@ class BackendSpec:
     extends: str = ""
     inputs: TensorFormat | None = None
     outputs: TensorFormat | None = None
-    activation_dtypes: tuple[IntegerName | FloatName, ...] = ()
-    weight_dtypes: tuple[IntegerName | FloatName, ...] = ()
+    activation_dtypes: tuple[TypeName, ...] = ()
+    weight_dtypes: tuple[TypeName, ...] = ()
     rounding: RoundingArithmetic = field(default_factory=RoundingArithmetic)
     commutes: tuple[str, ...] = ()
     hoist: bool = False
@@ -118,7 +119,8 @@ class BackendSpec:
         """Validate plain data. A single rule may stand for a list of one; ``data: all`` means every operand.
 
         Raises:
-            ConfigError: naming the key that is wrong.
+            ConfigError: naming the key that is wrong: a field, a type or a version that there is not, an operator,
+                condition or operand that cannot be (see :mod:`.validate`).
         """
         plain = dict(data)
         if isinstance(plain.get("ops"), dict):
@@ -129,14 +131,17 @@ class BackendSpec:
                 node=origin,
                 value="schema",
                 expected=SCHEMA,
-                found=plain["schema"],
+                found=repr(plain["schema"]),
             )
         try:
-            return _ADAPTER.validate_python(plain)
+            spec = _ADAPTER.validate_python(plain)
         except ValidationError as exc:
-            raise _error(exc, origin) from exc
+            classes = (BackendSpec, OpPlacement, TensorFormat, ExportRules, RoundingArithmetic)
+            raise malformed(exc, origin, classes) from exc
         except ConfigError as exc:
-            raise ConfigError(exc.message, node=origin, value=exc.node, expected=exc.expected, found=exc.found) from exc
+            raise located(exc, plain, origin) from exc
+        meaningful(spec, origin)
+        return spec
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> BackendSpec:
@@ -170,22 +175,3 @@ def _many(rules: Any) -> list[Any]:
 
 def _rule(rule: Any) -> Any:
     return {**rule, "data": None} if isinstance(rule, dict) and rule.get("data") == "all" else rule
-
-
-def _error(exc: ValidationError, origin: str) -> ConfigError:
-    import difflib
-
-    problem = exc.errors(include_url=False)[0]
-    key = str(problem["loc"][-1]) if problem["loc"] else ""
-    hint = None
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f for c in (BackendSpec, OpPlacement, TensorFormat, ExportRules) for f in c.__dataclass_fields__]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else None
-    return ConfigError(
-        f"invalid backend spec: {problem['msg']}",
-        node=origin,
-        value=".".join(str(part) for part in problem["loc"]),
-        found=repr(problem.get("input"))[:120],
-        hint=hint,
-    )

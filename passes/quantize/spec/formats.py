@@ -13,8 +13,10 @@ from ....graph.errors import ConfigError
 STRICT = ConfigDict(extra="forbid")
 
 Granularity: TypeAlias = Literal["tensor", "out_channel", "in_channel", "block"]
-IntegerName: TypeAlias = Literal["int8", "uint8", "int16", "uint16", "int32", "int4", "uint4", "int2", "uint2"]
-FloatName: TypeAlias = Literal["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
+TypeName: TypeAlias = Literal[
+    "int8", "uint8", "int16", "uint16", "int32", "int4", "uint4", "int2", "uint2",
+    "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn",
+]  # fmt: skip
 ScaleName: TypeAlias = Literal["float32", "float16", "bfloat16", "float8_e8m0fnu", "float8_e4m3fn"]
 
 LIMITS: dict[str, tuple[int, int]] = {
@@ -70,7 +72,7 @@ class TensorFormat:
         ConfigError: the fields contradict each other.
     """
 
-    dtype: IntegerName | FloatName
+    dtype: TypeName
     symmetric: bool = False
     granularity: Granularity = "tensor"
     block: int = 0

@@ -15,6 +15,11 @@ from .formats import STRICT, TensorFormat
 
 Role: TypeAlias = Literal["anchor", "join", "residual", "carry", "table", "weight_only", "float"]
 
+FACTS = frozenset(
+    "rank weight_rank float_operands in_channels out_channels kernel depthwise spatial packed_attention".split()
+)
+"""What a condition may ask of a node beside its attributes."""
+
 
 @dataclass(frozen=True, config=STRICT)
 class OpPlacement:
@@ -83,6 +88,13 @@ class OpPlacement:
                     "a condition is a value, a list, or a mapping", node=f"when.{key}",
                     expected="min, max, multiple_of", found=", ".join(map(str, wanted)) or "nothing",
                 )  # fmt: skip
+            for name, bound in wanted.items() if isinstance(wanted, dict) else ():
+                number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
+                if not number or (name == "multiple_of" and not (isinstance(bound, int) and bound >= 1)):
+                    raise ConfigError(
+                        "a bound is a number, and a multiple of a whole one", node=f"when.{key}.{name}",
+                        expected="1 or more" if name == "multiple_of" else "a number", found=repr(bound),
+                    )  # fmt: skip
 
     def unmet(self, node: Node) -> str | None:
         """The first condition of ``when`` that the node does not meet, in words; None if it meets all."""
