@@ -12,6 +12,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .functional import has_effect, make_functional, packet
+from .shortcuts import shortcut
+from .spelled import fits, rule_of
 
 aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -76,7 +78,7 @@ _OWN_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], depth: int = 0) -> None:
     """Open up a call without canonical form through its own or the core decomposition; leave it where there is none."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or depth > 4:
+    if not isinstance(target, torch._ops.OpOverload) or depth > 4 or _spell(graph, node):
         return
     if target.has_kernel_for_dispatch_key(_COMPOSITE):
         function: Callable[..., Any] = target.decompose
@@ -135,6 +137,28 @@ def decompose(graph: fx.Graph, node: fx.Node, known: Callable[[fx.Node], bool], 
     for new in made:
         if not known(new):
             decompose(graph, new, known, depth + 1)
+
+
+def _spell(graph: fx.Graph, node: fx.Node) -> bool:
+    """Write a call out by a rule of :mod:`.spelled`, if one fits."""
+    rule = rule_of(node.target)
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    if rule is None or not all(isinstance(v, torch.Tensor) for v in values) or not fits(values):
+        return False
+    recorded = not _has_fake(values)
+
+    def do(target: Any, *args: Any) -> fx.Node:
+        made = graph.call_function(target, args)
+        given = tuple(a.meta["val"] if isinstance(a, fx.Node) else a for a in args)
+        val = shortcut(target, given, {}) if recorded else None
+        made.meta = {**node.meta, "val": target(*given) if val is None else val}
+        return made
+
+    with graph.inserting_before(node):
+        value = rule(do, *node.args, **node.kwargs)
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+    return True
 
 
 @cache

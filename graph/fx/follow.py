@@ -14,6 +14,7 @@ from .clean import is_full_slice
 from .functional import IN_PLACE, by_identity, packet
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, SIZES, CannotRecord, Tape, meta_like
 from .shortcuts import shortcut
+from .spelled import fits, rule_of
 from .tensors import same_data, storage_key
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class _Guide(Tape):
             elif node.op == "output":
                 self.end = node
         self.wrapped: dict[int, torch.Tensor] = {}
+        self.passed: dict[int, fx.Node] = {}
         super().__init__(module, {})
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
@@ -109,9 +111,10 @@ class _Guide(Tape):
                 place = _place(args, kwargs)
                 for old, new in zip(node.args, args, strict=True):
                     if isinstance(old, fx.Node) and old.meta.get("val") is val:  # nothing to do, says the shape rule
-                        if id(new) in self.names:
-                            raise Lost("a weight that passes through")
-                        setattr(new, NODE, node)
+                        if id(new) in self.names:  # the module's own tensor carries no mark
+                            self.passed[id(new)] = node
+                        else:
+                            setattr(new, NODE, node)
                         return new
                 made = self._answer(node, val, place[0] if place else torch.get_default_device())
                 if not place or func in MAKERS or not any(isinstance(a, torch.Tensor) for a in args):
@@ -158,6 +161,8 @@ class _Guide(Tape):
             return made is node
         name = self.names.get(id(t))
         if name is not None:
+            if id(t) in self.passed:
+                return self.passed[id(t)] is node
             return node.op == "get_attr" and node.target == name
         if hasattr(t, META):
             return False  # of a call that the graph lacks
@@ -217,6 +222,9 @@ class _Guide(Tape):
             if source is None:
                 raise Lost("a weight sliced")
             return self._answer(source, args[0], args[0].device)
+        rule = rule_of(func)
+        if rule is not None and fits([a for a in args if isinstance(a, torch.Tensor)]):
+            return rule(lambda target, *given: self.call(target, given, {}), *args, **kwargs)
         place = _place(args, kwargs)
         given: dict[int, torch.Tensor] = {}
 
