@@ -139,3 +139,48 @@ def test_following_takes_calls_in_place_as_recorded() -> None:
     assert follows(graph, twin, _tensors(graph, twin))
     twin.slope = 0.2  # type: ignore[assignment]
     assert not follows(graph, twin, _tensors(graph, twin))
+
+
+class Heads(nn.Module):
+    """Attention over windows: three heads, of which one is left, beside a shift of three that has to stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 3
+        self.qkv = nn.Linear(12, 36)
+        self.out = nn.Linear(12, 12)
+        self.register_buffer("index", torch.arange(49) % 13)
+        self.bias = nn.Parameter(torch.randn(13, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.bias[self.index].view(7, 7, -1).permute(2, 0, 1).contiguous()
+        weight = (q @ k.transpose(-2, -1) + bias.unsqueeze(0)).softmax(-1)
+        return self.out((weight @ v).transpose(1, 2).reshape(b, n, -1))
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_chans, self.shift = 3, (3, 3)
+        self.embed, self.inner, self.head = nn.Linear(3, 12), Heads(), nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.roll(self.embed(x), self.shift[0], 1)
+        return self.head(self.inner(x).mean(1))
+
+
+def test_one_head_left_of_as_many_as_a_shift_is_proved_by_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one head, ``contiguous`` has nothing to do and torch makes no call; the shift of 3 is no number of heads."""
+    torch.manual_seed(0)
+    monkeypatch.setattr("foldline.graph.fx.module.Check.__call__", lambda check, twin: "not asked by running")
+    monkeypatch.setattr("foldline.graph.fx.module._exported", lambda graph, reason: pytest.fail(reason))
+    model, x = Shifted().eval(), torch.randn(2, 7, 3)
+    pruned = P.prune(model, x, ratio=0.67, atoms=["heads"], verify=False)
+    assert type(pruned.model) is Shifted and pruned.model.inner.num_heads == 1
+    assert pruned.model.shift == (3, 3) and pruned.model.in_chans == 3
+    assert pruned.model.inner.bias.shape == (13, 1)
+    masked = fl.load(pruned.model, x, static=True)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned.model(x), torch.from_numpy(masked.run(masked.bind(x))[0][0].numpy()))

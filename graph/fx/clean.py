@@ -51,6 +51,20 @@ def is_full_slice(args: Sequence[Any]) -> bool:
     return bool(start in (None, 0) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1)
 
 
+def idle_copies(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Calls of ``contiguous`` on what already is so, each with its operand: torch hands that back without a call."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is aten.contiguous.default:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            val = source.meta.get("val")
+            layout = node.kwargs.get("memory_format", torch.contiguous_format)
+            if isinstance(val, torch.Tensor) and val.is_contiguous(memory_format=layout):  # type: ignore[arg-type]
+                found[node] = found.get(source, source)
+    return found
+
+
 def _infer_composite_size(node: fx.Node) -> None:
     """A size like ``batch * heads`` hides a constant in arithmetic: write -1 where it is the only such size."""
     sizes = node.args[1]

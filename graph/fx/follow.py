@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .clean import is_full_slice
+from .clean import idle_copies, is_full_slice
 from .functional import IN_PLACE, by_identity, packet
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, SIZES, CannotRecord, Tape, meta_like
 from .shortcuts import shortcut
@@ -62,8 +62,11 @@ class _Guide(Tape):
         self.holders: list[fx.Node] = []
         self.calls: list[fx.Node] = []
         self.at = 0
+        self.idle = idle_copies(graph.fx)
         for node in graph.fx.nodes:
             if node.op == "call_function":
+                if node in self.idle:
+                    continue
                 if node.target is operator.getitem:
                     self.parts[node.args[0], node.args[1]] = node  # type: ignore[index]
                 else:
@@ -156,6 +159,7 @@ class _Guide(Tape):
         return type(a) is type(b) and bool(a == b)
 
     def _is(self, node: fx.Node, t: torch.Tensor) -> bool:
+        node = self.idle.get(node, node) if self.idle else node
         made = getattr(t, NODE, None)
         if made is not None:
             return made is node

@@ -82,16 +82,20 @@ class SizeChanges:
                         self.shapes[alias.rpartition(".")[0]][old].add(new)
 
     def candidates(self, path: str, size: int) -> list[int]:
-        """Sizes that ``size`` may have become in the module at ``path``, most likely first; [size] if it stayed."""
+        """Sizes that ``size`` may have become in the module at ``path``, most likely first; [size] if it stayed.
+
+        Where the module's own calls hold it both as it was and changed, it rather changed; what only parts of the
+        module hold both ways may be another number of that size, so there it rather stayed.
+        """
         prefix = f"{path}." if path else ""
         depth = prefix.count(".")
         tiers: list[set[int]] = [self.attrs[path].get(size, set()), self.shapes[path].get(size, set()), set(), set()]
         for scope, evidence in self.shapes.items():
             if scope != path and scope.startswith(prefix):
                 tiers[2 if scope.count(".") == depth else 3] |= evidence.get(size, set())
-        for tier in tiers:
+        for at, tier in enumerate(tiers):
             if tier:
-                return sorted(tier, key=lambda s: (s == size, -s))
+                return sorted(tier, key=lambda s: ((s == size) is (at < 2), -s))
         return [size]
 
 

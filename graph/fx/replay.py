@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .clean import clean
+from .clean import clean, idle_copies
 from .follow import META, SIZED, follows
 from .functional import make_functional, packet
 from .ops import known
@@ -158,10 +158,11 @@ class _Comparison:
     def __init__(self, graph: FXView, tape: _Replay) -> None:
         self.graph, self.tape = graph, tape
         self.twin: dict[fx.Node, fx.Node] = {}
+        self.idle = {**idle_copies(graph.fx), **idle_copies(tape.graph)}
 
     def equal(self) -> bool:
         """Whether both make the same calls."""
-        want, found = _calls(self.graph.fx), _calls(self.tape.graph)
+        want, found = self._calls(self.graph.fx), self._calls(self.tape.graph)
         if len(want) != len(found):
             return False
         for a, b in zip(want, found, strict=True):
@@ -171,6 +172,12 @@ class _Comparison:
                 return False
             self.twin[b] = a
         return True
+
+    def _calls(self, graph: fx.Graph) -> list[fx.Node]:
+        """What is compared in order: inputs, calls and the output."""
+        return [
+            n for n in graph.nodes if n.op != "get_attr" and n.target is not operator.getitem and n not in self.idle
+        ]
 
     def _same_call(self, a: fx.Node, b: fx.Node) -> bool:
         if self._same(a.args, b.args) and self._same(a.kwargs, b.kwargs):
@@ -194,6 +201,7 @@ class _Comparison:
         return type(a) is type(b) and bool(a == b)
 
     def _same_value(self, a: fx.Node, b: fx.Node) -> bool:
+        a, b = self.idle.get(a, a), self.idle.get(b, b)
         if self.twin.get(b) is a:
             return True
         if b.op == "get_attr" and a.op == "get_attr":
@@ -208,11 +216,6 @@ class _Comparison:
         if self.graph.kinds.get(name) != "constant":
             return False
         return same_data(self.graph.tensors.get(name), tensor)  # made by the forward itself
-
-
-def _calls(graph: fx.Graph) -> list[fx.Node]:
-    """What is compared in order: inputs, calls and the output."""
-    return [n for n in graph.nodes if n.op != "get_attr" and n.target is not operator.getitem]
 
 
 def _inputs(graph: fx.Graph) -> list[fx.Node]:
