@@ -23,7 +23,7 @@ from .opset import at_opset
 from .placement import Placement, WeightSite, place
 from .ranges import RangeEstimator, collect_ranges, estimator, weight_bounds
 from .reasons import decisions_of, scale_groups
-from .rounding import METHODS, Rounded, RoundingJob, round_weights
+from .rounding import METHODS, RoundingJob, round_weights
 from .spec import BackendSpec
 from .spec.files import load_spec
 
@@ -137,7 +137,10 @@ class Quantize(Pass):
         for made in rounded.values():
             params |= made.points
         if self.sqnr is not None:
-            kept, reached = self._floats(graph, placement, params, rounded, data, ctx)
+            from .sensitivity.exclude import exclude
+
+            found = exclude(job, rounded, self.sqnr)
+            kept, reached = found.reasons(self.sqnr), found.sqnr_db
             if kept:
                 outcome = self.apply(graph, replace(ctx, calibration=data, float_nodes=ctx.float_nodes | set(kept)))
                 return _with_floats(outcome, kept, notes)
@@ -241,25 +244,6 @@ class Quantize(Pass):
             form = placement.points[root].form
             roots[root] = _by(spec, range_params(*ranges.bounds(statistic, form), form))
         return {name: roots[point.root] for name, point in placement.points.items()}, seen
-
-    def _floats(
-        self,
-        graph: Graph,
-        placement: Placement,
-        params: dict[str, QuantParams],
-        rounded: dict[str, Rounded],
-        data: Iterable[Any],
-        ctx: Context,
-    ) -> tuple[dict[str, str], float]:
-        """Nodes that stay in float for the signal-to-noise ratio asked for, with the reason; and the one measured."""
-        from .sensitivity.exclude import exclude
-
-        assert self.sqnr is not None
-        found = exclude(graph, placement, params, rounded, list(data), self.sqnr, progress=ctx.progress)
-        why = f"all in integers the outputs keep {found.sqnr_db:.1f} dB of {self.sqnr:g} asked for"
-        return {
-            n: f"its noise lies {db:.1f} dB below the outputs; {why}" for n, db in found.names.items()
-        }, found.sqnr_db
 
     def _weights(
         self, placement: Placement, params: dict[str, QuantParams], spec: BackendSpec

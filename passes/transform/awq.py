@@ -66,7 +66,7 @@ class AwqScale(Pass):
         scaler = Scaler(graph, environment(graph, ctx))
         sites = sites_of(find_boundaries(graph), self.ignore)
         places = {site.boundary.name: site.boundary.axis for site in sites}
-        rows = sample(graph, self.batches(ctx), places, self.rows, ctx.progress)
+        rows = sample(graph, self.batches(ctx), places, Rows, self.rows, ctx.progress)
         decisions = []
         for site in ctx.progress(sites, "searching scales"):
             fresh, seen = sites_of([site.boundary], [])[0], rows[site.boundary.name]

@@ -116,7 +116,7 @@ class FlatTransform(Pass):
                 decisions.append(self._put(graph, env, scaler, site, flats.get(site.boundary.name), "block"))
         else:
             places = {site.boundary.name: site.boundary.axis for site in sites}
-            rows = sample(graph, self.batches(ctx), places, self.rows, ctx.progress)
+            rows = sample(graph, self.batches(ctx), places, Rows, self.rows, ctx.progress)
             for site in ctx.progress(sites, "learning affine maps"):
                 decisions.append(self._site(graph, env, scaler, site, rows[site.boundary.name], formats, ctx.seed))
         graph.refresh()

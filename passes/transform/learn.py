@@ -27,6 +27,29 @@ if TYPE_CHECKING:
     from .rotate import Rotate
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is to be learned, and on what.
+
+    Attributes:
+        chosen: the groups to rotate and what their rotation may be; ``rotations``: their matrices at the start.
+        boundaries: of all linear layers of the graph.
+        online: the two factors of rotations at run time, by the name of their boundary.
+        formats: that the layers are rounded to meanwhile.
+    """
+
+    graph: Graph
+    groups: AxisGroups
+    chosen: Mapping[AxisGroup, Freedom]
+    rotations: Mapping[AxisGroup, np.ndarray]
+    boundaries: Sequence[Boundary]
+    online: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    options: Rotate
+    formats: Formats
+    batches: Any
+    ctx: Context
+
+
 @dataclass
 class Learned:
     """What learning found.
@@ -52,18 +75,7 @@ class _Reader:
     scalable: bool
 
 
-def learn(
-    graph: Graph,
-    groups: AxisGroups,
-    chosen: Mapping[AxisGroup, Freedom],
-    rotations: Mapping[AxisGroup, np.ndarray],
-    boundaries: Sequence[Boundary],
-    online: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    options: Rotate,
-    formats: Formats,
-    batches: Any,
-    ctx: Context,
-) -> Learned:
+def learn(p: Problem) -> Learned:
     """Lower, for every group on its own, the summed relative squared error of its readers' quantized outputs.
 
     Ranges may shrink meanwhile, as those of a quantizer that clips do. The matrix moves along the Cayley map from its
@@ -71,15 +83,15 @@ def learn(
     the inner factor of their input channels keep their start. Rotations at run time (``online``) are not
     simulated.
     """
-    scaler = Scaler(graph, environment(graph, ctx))
-    readers = {group: readers_of(groups, group, boundaries) for group in chosen}
+    scaler = Scaler(p.graph, environment(p.graph, p.ctx))
+    readers = {group: readers_of(p.groups, group, p.boundaries) for group in p.chosen}
     wanted = {b.name: b.axis for found in readers.values() for b in found}
-    rows = sample(graph, batches, wanted, options.rows, ctx.progress)
-    result = Learned(dict(rotations), details={"layers": {}})
-    for group in ctx.progress(list(chosen), "learning rotations"):
-        sites = [_reader(scaler, b, rows[b.name], options.scale) for b in readers[group]]
+    rows = sample(p.graph, p.batches, wanted, Rows, p.options.rows, p.ctx.progress)
+    result = Learned(dict(p.rotations), details={"layers": {}})
+    for group in p.ctx.progress(list(p.chosen), "learning rotations"):
+        sites = [_reader(scaler, b, rows[b.name], p.options.scale) for b in readers[group]]
         if sites:
-            _one(result, group, chosen[group], sites, options, formats, ctx.seed)
+            _one(result, group, p.chosen[group], sites, p.options, p.formats, p.ctx.seed)
     return result
 
 

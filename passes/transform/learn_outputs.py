@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ...graph.errors import ConstraintError
-from ...graph.groups import AxisGroup, AxisGroups
-from ...graph.ir import Graph
-from ...graph.rotate import Freedom
-from ..base import Context
 from .boundary import Boundary, environment
 from .common import Scaler, sites_of
-from .grids import Formats
 from .hadamard import ones_basis
-from .learn import Learned, readers_of, within
+from .learn import Learned, Problem, readers_of, within
 from .learning import cayley
 from .network import Env, Network, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .rotate import Rotate
 
 Turn = Callable[["Tensor", "Tensor"], "tuple[Tensor, Tensor]"]
 """Operand [.., in] and weight [out, in] -> both in another basis."""
@@ -34,18 +27,7 @@ CHECKED = 4
 """Batches on which the steps are compared."""
 
 
-def learn_outputs(
-    graph: Graph,
-    groups: AxisGroups,
-    chosen: Mapping[AxisGroup, Freedom],
-    rotations: Mapping[AxisGroup, np.ndarray],
-    boundaries: Sequence[Boundary],
-    online: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    options: Rotate,
-    formats: Formats,
-    batches: Any,
-    ctx: Context,
-) -> Learned:
+def learn_outputs(p: Problem) -> Learned:
     """Lower the divergence between the outputs of the float network and of the quantized one.
 
     The loss of ``OstQuant`` (KL-Top): both networks' logits at the positions of the float network's ``top`` largest,
@@ -55,25 +37,25 @@ def learn_outputs(
 
     Memory: one batch's activations with gradients, the top logits of all batches.
     """
-    net = Network(graph, [s.boundary for s in sites_of(boundaries, [])], formats, options.float_inputs)
-    envs = net.bind(batches)
-    teachers = [_top(net, env, options.top) for env in envs]
-    scaler = Scaler(graph, environment(graph, ctx))
+    net = Network(p.graph, [s.boundary for s in sites_of(p.boundaries, [])], p.formats, p.options.float_inputs)
+    envs = net.bind(p.batches)
+    teachers = [_top(net, env, p.options.top) for env in envs]
+    scaler = Scaler(p.graph, environment(p.graph, p.ctx))
     free, turns = {}, {}
-    for group, found in chosen.items():
+    for group, found in p.chosen.items():
         n = group.size
         size = n - 1 if found.ones else n
         free[group] = torch.zeros((size, size), requires_grad=True)
         basis = torch.from_numpy(ones_basis(n)).float() if found.ones else None
-        turns[group] = (torch.from_numpy(rotations[group]).float(), basis)
+        turns[group] = (torch.from_numpy(p.rotations[group]).float(), basis)
     logs: dict[Boundary, tuple[Tensor, Tensor]] = {}
-    for boundary in dict.fromkeys(b for group in chosen for b in readers_of(groups, group, boundaries)):
+    for boundary in dict.fromkeys(b for group in p.chosen for b in readers_of(p.groups, group, p.boundaries)):
         classes, refused = scaler.probe(boundary)
-        if options.scale and refused is None:
+        if p.options.scale and refused is None:
             where = torch.arange(boundary.size) if classes is None else torch.from_numpy(classes)
             logs[boundary] = torch.zeros(int(where.max()) + 1, requires_grad=True), where
 
-    fixed = {name: kronecker(left, right) for name, (left, right) in online.items()}
+    fixed = {name: kronecker(left, right) for name, (left, right) in p.online.items()}
 
     def turn_of(b: Boundary) -> list[Turn]:
         return [*([scaled(*logs[b])] if b in logs else []), *([fixed[b.name]] if b.name in fixed else [])]
@@ -81,8 +63,8 @@ def learn_outputs(
     def loss(i: int) -> Tensor:
         matrices = {g.atom: begin @ within(cayley(free[g]), basis) for g, (begin, basis) in turns.items()}
         env = dict(envs[i])
-        maps = {b: chained(turn_of(b)) for b in net.boundaries if b in logs or b.name in online}
-        net.execute(range(net.length), env, maps, turned(groups, matrices), free=True)
+        maps = {b: chained(turn_of(b)) for b in net.boundaries if b in logs or b.name in p.online}
+        net.execute(range(net.length), env, maps, turned(p.groups, matrices), free=True)
         return _divergence(net, env, teachers[i])
 
     def check() -> float:
@@ -90,20 +72,20 @@ def learn_outputs(
             return float(np.mean([float(loss(i)) for i in range(min(CHECKED, len(envs)))]))
 
     variables = [*free.values(), *(log for log, _ in logs.values())]
-    optimizer = torch.optim.Adam(variables, lr=options.rate)
+    optimizer = torch.optim.Adam(variables, lr=p.options.rate)
     best, kept = check(), [v.detach().clone() for v in variables]
-    first, every = best, max(1, options.steps // 8)
-    for step in range(1, options.steps + 1):
-        optimizer.param_groups[0]["lr"] = options.rate * min(1.0, 2 * (1 - (step - 1) / options.steps))
+    first, every = best, max(1, p.options.steps // 8)
+    for step in range(1, p.options.steps + 1):
+        optimizer.param_groups[0]["lr"] = p.options.rate * min(1.0, 2 * (1 - (step - 1) / p.options.steps))
         optimizer.zero_grad()
         loss((step - 1) % len(envs)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if (step % every == 0 or step == options.steps) and (now := check()) < best:
+        if (step % every == 0 or step == p.options.steps) and (now := check()) < best:
             best, kept = now, [v.detach().clone() for v in variables]
-    result = Learned(dict(rotations), details={"layers": {}, "divergence_start": first, "divergence": best})
-    for (group, found), value in zip(chosen.items(), kept[: len(free)], strict=True):
+    result = Learned(dict(p.rotations), details={"layers": {}, "divergence_start": first, "divergence": best})
+    for (group, found), value in zip(p.chosen.items(), kept[: len(free)], strict=True):
         wide = torch.from_numpy(ones_basis(group.size)) if found.ones else None
-        final = torch.from_numpy(rotations[group]) @ within(cayley(value.double()), wide)
+        final = torch.from_numpy(p.rotations[group]) @ within(cayley(value.double()), wide)
         result.rotations[group] = final.numpy()
     for (boundary, (_, where)), log in zip(logs.items(), kept[len(free) :], strict=True):
         result.scales.append((boundary, np.exp(log.double().numpy())[where.numpy()]))

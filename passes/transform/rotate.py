@@ -105,11 +105,14 @@ class Rotate(Pass):
                 from .learn_outputs import learn_outputs as learn
             else:
                 from .learn import learn
+            from .learn import Problem
+
             formats = formats_of(
                 ctx, self.target, self.weight_bits, self.activation_bits, self.block, symmetric=self.symmetric,
                 per_token=self.per_token,
             )  # fmt: skip
-            learned = learn(graph, groups, chosen, rotations, boundaries, online, self, formats, self.batches(ctx), ctx)
+            data = self.batches(ctx)
+            learned = learn(Problem(graph, groups, chosen, rotations, boundaries, online, self, formats, data, ctx))
             rotations, scales, details = learned.rotations, learned.scales, learned.details
         rotate(groups, rotations)
         for group, matrix in rotations.items():

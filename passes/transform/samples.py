@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -127,29 +127,19 @@ class Halves:
         return [(first, second), (second, first)]
 
 
+Collector = TypeVar("Collector", Rows, Halves)
+
+
 def sample(
     graph: Graph,
     batches: Iterable[Any],
     places: Mapping[str, int],
+    kind: Callable[[int, int], Collector],
     limit: int = 512,
     progress: Progress = no_progress,
-) -> dict[str, Rows]:
-    """Rows of the named values along the given axes, from one run over the batches."""
-    wanted = {name: Rows(axis, limit) for name, axis in places.items()}
-    if wanted:
-        collect(graph, batches, wanted, progress=progress)
-    return wanted
-
-
-def sample_halves(
-    graph: Graph,
-    batches: Iterable[Any],
-    places: Mapping[str, int],
-    limit: int = 512,
-    progress: Progress = no_progress,
-) -> dict[str, Halves]:
-    """As :func:`sample`, in two halves of the samples."""
-    wanted = {name: Halves(axis, limit) for name, axis in places.items()}
+) -> dict[str, Collector]:
+    """Rows of the named values along the given axes, kept in one or in halves, from one run over the batches."""
+    wanted = {name: kind(axis, limit) for name, axis in places.items()}
     if wanted:
         collect(graph, batches, wanted, progress=progress)
     return wanted

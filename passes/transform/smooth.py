@@ -14,7 +14,7 @@ from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from .boundary import environment, find_boundaries
 from .common import Scaler, Site, pooled, sites_of
 from .grids import Formats, formats_of, layer_error
-from .samples import Halves, Rows, sample_halves
+from .samples import Halves, Rows, sample
 
 FLOOR = 1e-5
 """Smallest factor, relative to the largest."""
@@ -88,7 +88,7 @@ class Smooth(Pass):
             else:
                 open_sites.append((site, classes, refused))
         places = {site.boundary.name: site.boundary.axis for site, _, _ in open_sites}
-        rows = sample_halves(graph, self.batches(ctx), places, self.rows, ctx.progress)
+        rows = sample(graph, self.batches(ctx), places, Halves, self.rows, ctx.progress)
         folded = inserted = 0
         for site, classes, refused in ctx.progress(open_sites, "searching alpha"):
             fresh = sites_of([site.boundary], [])[0]  # an earlier boundary may have changed these weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -34,7 +35,7 @@ CLIPS = np.linspace(1.0, 0.5, 21)
 
 
 @dataclass(frozen=True)
-class TableFormat:
+class TableFormat(abc.ABC):
     """Base of formats whose scale per block follows from the block's extremes.
 
     Attributes:
@@ -103,9 +104,9 @@ class TableFormat:
         off = encoded.values(encoded.codes, 0) - matrix
         return cost.inner(off, off)
 
+    @abc.abstractmethod
     def _with_range(self, matrix: np.ndarray, layout: Layout, low: np.ndarray, high: np.ndarray) -> LookupEncoded:
         """Scales for blocks with values in [low, high]; the codes are yet to be found."""
-        raise NotImplementedError
 
     def _tensor(self) -> np.float32 | None:
         return None if self.tensor_scale is None else np.float32(self.tensor_scale)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import log10
-from typing import Any
 
 import numpy as np
 
 from ....graph.errors import ConstraintError
-from ....graph.ir import Graph
 from ...allocate import Level, allocate
-from ...base import Progress, no_progress
 from ..numerics import QuantParams
 from ..placement import Placement, WeightSite
-from ..rounding import Rounded
+from ..rounding import Rounded, RoundingJob
 from .measured import Trial, measure, measure_together
 
 ON = "int"
@@ -54,18 +51,13 @@ class Excluded:
     predicted_db: float
     share: float
 
+    def reasons(self, wanted_db: float) -> dict[str, str]:
+        """Node -> why it stays in float, one sentence."""
+        why = f"all in integers the outputs keep {self.sqnr_db:.1f} dB of {wanted_db:g} asked for"
+        return {n: f"its noise lies {db:.1f} dB below the outputs; {why}" for n, db in self.names.items()}
 
-def exclude(
-    graph: Graph,
-    placement: Placement,
-    params: Mapping[str, QuantParams],
-    rounded: Mapping[str, Rounded],
-    batches: Sequence[Any],
-    sqnr_db: float,
-    *,
-    samples: int = 16,
-    progress: Progress = no_progress,
-) -> Excluded:
+
+def exclude(job: RoundingJob, rounded: Mapping[str, Rounded], sqnr_db: float, *, samples: int = 16) -> Excluded:
     """The layers to leave in float so that the outputs keep ``sqnr_db``, at the least multiply-accumulates.
 
     First everything is quantized at once and measured on all batches: if that is good enough, nothing stays. Else the
@@ -74,8 +66,7 @@ def exclude(
     Which layers to leave is then an exact knapsack: least work in float among the choices whose noise fits.
 
     Args:
-        graph: float, unedited; only read.
-        params: grid per point. rounded: integers per weight site.
+        job: what was rounded, on which batches. rounded: integers per weight site.
 
     Raises:
         ConstraintError: what is left when every layer is in float (pairs at no layer) is still too noisy.
@@ -83,12 +74,13 @@ def exclude(
     """
     from ..bits.mixed import first_samples
 
-    trials = _trials(placement, params, rounded)
+    graph, placement = job.graph, job.placement
+    trials = _trials(placement, job.params, rounded)
     allowed = 10 ** (-sqnr_db / 10)
-    (whole,) = measure_together(graph, trials, [dict.fromkeys((t.name for t in trials), ON)], batches)
+    (whole,) = measure_together(graph, trials, [dict.fromkeys((t.name for t in trials), ON)], job.batches)
     if whole <= allowed:
         return Excluded({}, _db(whole), _db(whole), 0.0)
-    alone = measure(graph, trials, first_samples(graph, batches, samples), "sqnr", progress)
+    alone = measure(graph, trials, first_samples(graph, job.batches, samples), "sqnr", job.progress)
     parts, fixed = _parts(placement, {name: found[ON] for name, found in alone.items()})
     total = sum(p.noise for p in parts) + fixed
     scale = whole / total if total else 0.0
