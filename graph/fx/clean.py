@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .functional import has_effect, make_functional, packet
 from .shortcuts import shortcut
-from .spelled import fits, rule_of
+from .spelled import rule_of
 
 aten = torch.ops.aten
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -23,7 +23,8 @@ def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
     """Remove clutter: unknown composites decomposed, full slices and double getitems gone, dead code out."""
     unknown = [node for node in graph.nodes if node.op == "call_function" and not known(node)]
     for node in unknown:
-        decompose(graph, node, known)
+        if node.users or has_effect(node):
+            decompose(graph, node, known)
     if unknown:
         make_functional(graph)  # decompositions of torch write into their own temporaries
     seen: dict[tuple[fx.Node, Any], fx.Node] = {}
@@ -157,19 +158,24 @@ def _spell(graph: fx.Graph, node: fx.Node) -> bool:
     """Write a call out by a rule of :mod:`.spelled`, if one fits."""
     rule = rule_of(node.target)
     values = [n.meta.get("val") for n in node.all_input_nodes]
-    if rule is None or not all(isinstance(v, torch.Tensor) for v in values) or not fits(values):
+    if rule is None or not all(isinstance(v, torch.Tensor) for v in values):
         return False
     recorded = not _has_fake(values)
 
+    def see(item: Any) -> Any:
+        return item.meta["val"]
+
     def do(target: Any, *args: Any) -> fx.Node:
         made = graph.call_function(target, args)
-        given = tuple(a.meta["val"] if isinstance(a, fx.Node) else a for a in args)
-        val = shortcut(target, given, {}) if recorded else None
-        made.meta = {**node.meta, "val": target(*given) if val is None else val}
+        given = fx.node.map_arg(args, see)
+        val = shortcut(target, given, {}) if recorded else None  # type: ignore[arg-type]
+        made.meta = {**node.meta, "val": target(*given) if val is None else val}  # type: ignore[misc]
         return made
 
     with graph.inserting_before(node):
-        value = rule(do, *node.args, **node.kwargs)
+        value = rule(do, see, *node.args, **node.kwargs)
+    if value is None:
+        return False
     node.replace_all_uses_with(value)
     graph.erase_node(node)
     return True

@@ -12,15 +12,17 @@ from torch.utils import _pytree as pytree
 
 from .clean import idle_copies, is_full_slice
 from .functional import IN_PLACE, by_identity, packet
+from .known_values import Known, Made, NotKnown, data_of, reads
 from .record import MAKERS, NODE, PRE_DISPATCH_SET, SIZES, CannotRecord, Tape, meta_like
 from .shortcuts import shortcut
-from .spelled import fits, rule_of
+from .spelled import rule_of
 from .tensors import same_data, storage_key
 
 if TYPE_CHECKING:
     from .view import FXView
 
 META = "_foldline_meta"
+MADE_BY = "_foldline_made_by"
 _META_DEVICE = torch.device("meta")
 SIZED = frozenset(("aten.view", "aten.reshape", "aten._unsafe_view", "aten.expand"))
 
@@ -77,6 +79,7 @@ class _Guide(Tape):
                 self.end = node
         self.wrapped: dict[int, torch.Tensor] = {}
         self.passed: dict[int, fx.Node] = {}
+        self.wrote = False
         super().__init__(module, {})
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
@@ -209,6 +212,7 @@ class _Guide(Tape):
         plain = isinstance(mine, torch.Tensor) and isinstance(val, torch.Tensor) and mine.shape == val.shape
         if self.view.rewritten or not plain or mine.dtype != val.dtype or id(mine) in self.names:
             raise Lost("a write that is not followed")
+        self.wrote = True
         setattr(mine, NODE, node)
         twin = self.wrapped.get(mine.untyped_storage()._cdata)
         if twin is not None:
@@ -219,6 +223,8 @@ class _Guide(Tape):
         """A call that the graph lacks: one that gives a size, a slice of everything, or one that nobody reads."""
         if func in SIZES:
             return func(*args, **kwargs)
+        if reads(func):
+            return func(self._data(args[0]), *args[1:], **kwargs)
         if _writes(func):
             raise Lost("a write that the graph lacks")
         if func is torch.ops.aten.slice.Tensor and not kwargs and is_full_slice(args):
@@ -227,8 +233,10 @@ class _Guide(Tape):
                 raise Lost("a weight sliced")
             return self._answer(source, args[0], args[0].device)
         rule = rule_of(func)
-        if rule is not None and fits([a for a in args if isinstance(a, torch.Tensor)]):
-            return rule(lambda target, *given: self.call(target, given, {}), *args, **kwargs)
+        if rule is not None:
+            out = rule(lambda target, *given: self.call(target, given, {}), lambda t: t, *args, **kwargs)
+            if out is not None:
+                return out
         place = _place(args, kwargs)
         given: dict[int, torch.Tensor] = {}
 
@@ -249,12 +257,31 @@ class _Guide(Tape):
             if id(out) in given:
                 return given[id(out)]
             made = _unread(out, device)
+            setattr(made, MADE_BY, (func, args, kwargs))
             if not given or func in MAKERS:
                 self.wrapped[made.untyped_storage()._cdata] = made
             return made
         if isinstance(out, (list, tuple)) and all(isinstance(x, torch.Tensor) for x in out):
             return type(out)([given[id(x)] if id(x) in given else _unread(x, device) for x in out])
         raise Lost(f"{func} gave {type(out).__name__}")
+
+    def _data(self, t: torch.Tensor) -> torch.Tensor:
+        """What a tensor holds, where sizes alone say it."""
+
+        def made_by(x: torch.Tensor) -> Made | torch.Tensor:
+            twin = self.wrapped.get(x.untyped_storage()._cdata, x)
+            x = twin if twin.shape == x.shape else x
+            node, call = getattr(x, NODE, None), getattr(x, MADE_BY, None)
+            if node is not None:
+                return data_of(node)
+            if call is None:
+                raise NotKnown
+            return (*call, x)
+
+        if self.wrote:
+            raise Lost("data read after a write in place")
+        found: torch.Tensor = Known(torch.Tensor, made_by)[t]
+        return found
 
     def _meta(self, t: torch.Tensor) -> torch.Tensor:
         found = getattr(t, META, None)

@@ -16,7 +16,8 @@ SCALAR = ("_operator", "operator", "math", "builtins")
 
 
 @cache
-def _pure(target: Any) -> bool:
+def is_pure_call(target: Any) -> bool:
+    """Whether a call's target is a function of its operands: nothing written, nothing drawn at random."""
     if isinstance(target, torch._ops.OpOverload):
         drawn = torch.Tag.nondeterministic_seeded in target.tags
         return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not drawn
@@ -26,7 +27,7 @@ def _pure(target: Any) -> bool:
 def is_pure(node: Node, graph: Graph) -> bool:
     """See :func:`foldline.graph.purity.is_pure`. Dropout counts as not pure: the model may be trained again."""
     trains = node.op == "identity" and node.attrs.get("fn") in ("dropout", "detach")
-    return not trains and _pure(node.native.target)
+    return not trains and is_pure_call(node.native.target)
 
 
 def signature(node: Node) -> Hashable | None:

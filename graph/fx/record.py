@@ -22,6 +22,7 @@ from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
 from .functional import by_identity, make_functional
+from .known_values import NotKnown, data_of, reads
 from .shortcuts import shortcut
 from .tensors import storage_key
 from .trace import Capture, copied_with, module_tensors
@@ -243,6 +244,8 @@ class Tape(SchemaCheckMode):
         """One call of the model: recorded, and answered by shape."""
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise CannotRecord("an autocast region")
+        if reads(func):
+            return self._read(func, args)
         given = tuple([self._argument(a) for a in args]), self._argument(kwargs) if kwargs else {}
         with torch._C._ExcludeDispatchKeyGuard(PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
             out = shortcut(func, args, kwargs)
@@ -266,6 +269,19 @@ class Tape(SchemaCheckMode):
                 if isinstance(part, torch.Tensor):
                     setattr(part, NODE, _item(self.graph, node, i, part))
         return out
+
+    def _read(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Data that the model reads in Python: only what sizes alone say is a constant of the recorded call."""
+        node = getattr(args[0], NODE, None)
+        if node is None and args[0].is_meta:
+            node, _ = self.fresh.get(args[0].untyped_storage()._cdata, (None, None))
+        if node is None or node.graph is not self.graph:
+            raise CannotRecord(f"{func}: tensor data in Python")
+        with torch._C._ExcludeDispatchKeyGuard(PRE_DISPATCH_SET), torch._C._DisablePythonDispatcher():
+            try:
+                return func(data_of(node), *args[1:])
+            except NotKnown as unknown:
+                raise CannotRecord(f"{func}: tensor data in Python") from unknown
 
     def _argument(self, item: Any) -> Any:
         if type(item) in _ATOMS:
