@@ -14,6 +14,7 @@ from .base import Diagnostic
 from .check import check, is_onnx
 from .rules.editor import Editor
 from .rules.onnx_file import read
+from .rules.validity import RULES as VALIDITY
 
 STEPS = 60
 """A repair may uncover the next thing to repair; more steps than this would be a circle."""
@@ -91,6 +92,8 @@ def _repairs() -> dict[str, Callable[[Editor, set[str]], None]]:
     }
 
 
+INVALID = frozenset(("onnx", "load", *(rule.id for rule in VALIDITY)))
+"""What a repair may never leave behind: the repairs begin with a valid file."""
 EXACT = frozenset(("qdq", "dequantize_first", "shapes", "float_bias", "zero_points", "scalars"))
 """Repairs that write the same numbers in another form, up to the rounding of a float addition."""
 
@@ -158,7 +161,7 @@ def _fresh(name: str, wanted: dict[str, str], found: list[Diagnostic], applied: 
 
 def _checked(editor: Editor, target: str, step: str, options: dict[str, Any]) -> list[Diagnostic]:
     found = check(editor.model, target, **options)
-    broken = next((d for d in found if d.rule in ("onnx", "load")), None)
+    broken = next((d for d in found if d.rule in INVALID), None)
     if broken is not None:
         raise BackendError("a fix made the model invalid", node=step, found=broken.message, hint="please report it")
     return found

@@ -18,7 +18,7 @@ def int8(editor: Editor, names: set[str]) -> None:
     """
     found = [(p, p.dtype, p.scales, p.zeros) for p in pairs(editor.file)]  # as they are before any of them changes
     for pair, dtype, scales, points in found:
-        if scales is None or dtype not in ("int8", "uint8") or _interface(pair):
+        if scales is None or dtype not in ("int8", "uint8") or _interface(pair) or _bound(editor, pair):
             continue
         zeros = np.zeros(scales.shape) if points is None else points.astype(np.float64)
         if dtype == "int8" and not zeros.any() and (pair.zero is not None or not pair.quantizes):
@@ -69,6 +69,31 @@ def _interface(pair: Pair) -> bool:
     return integers is not None and (integers.is_graph_input() or integers.is_graph_output())
 
 
+MOVES = ("Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Split", "MaxPool")
+"""Operators that may stand between Q and DQ and leave integers what they are."""
+
+
+def _bound(editor: Editor, pair: Pair) -> bool:
+    """Whether the integers' type is not ours to change: another operator computes with them, or they are moved
+    from a stored tensor, which that operator reads as well."""
+    if pair.quantizes:
+        stack = [pair.node.outputs[0]]
+        while stack:
+            for node in readers(stack.pop()):
+                if is_op(node, *MOVES):
+                    stack += node.outputs
+                elif not is_op(node, DQ):
+                    return True
+        return False
+    if stored(editor.file, pair) and quantizer(editor.file, pair.data) is None:
+        return False
+    value = pair.data
+    while value is not None and (node := value.producer()) is not None and is_op(node, *MOVES):
+        value = node.inputs[0]
+    first = quantizer(editor.file, value)
+    return first is None or _bound(editor, first)
+
+
 def _shift_weight(editor: Editor, dq: Pair, zeros: np.ndarray) -> None:
     data, scales, axis = editor.file.const(dq.data), dq.scales, None if dq.per_tensor else dq.positive_axis
     if data is None or scales is None or dq.block:
@@ -91,7 +116,7 @@ def _shift_weight(editor: Editor, dq: Pair, zeros: np.ndarray) -> None:
 def uint8(editor: Editor, names: set[str]) -> None:
     """int8 activations become uint8 by adding 128, exactly; behind Relu and Clip the range begins at 0 instead."""
     for q in list(pairs(editor.file)):
-        if not q.quantizes or stored(editor.file, q) or q.dtype not in ("int8", "uint8") or _interface(q):
+        if not q.quantizes or q.dtype not in ("int8", "uint8") or _interface(q) or _bound(editor, q):
             continue
         scales, zeros = q.scales, q.zeros
         ends = dequantizers(editor, q)
@@ -215,13 +240,16 @@ def quantize_weights(editor: Editor, names: set[str]) -> None:
 
 
 def float_bias(editor: Editor, names: set[str]) -> None:
-    """Biases of int32 are stored in float."""
+    """Biases of int32, and constants without axes, are stored in float."""
     for dq in named(editor, names):
         data = real(editor, dq)
         if data is None:
             continue
-        editor.rewire(dq.node.outputs[0], editor.store(f"{dq.name}_float", data))
-        editor.say("bias stored in float", dq.node)
+        result, kept = dq.node.outputs[0], editor.store(f"{dq.name}_float", data)
+        editor.rewire(result, kept)
+        if result.is_graph_output():
+            editor.take_over_output(result, editor.add("Identity", [kept], f"{dq.name}_copy", after=dq.node).outputs[0])
+        editor.say("bias stored in float" if data.ndim else "constant stored in float", dq.node)
 
 
 def int32_bias(editor: Editor, names: set[str]) -> None:

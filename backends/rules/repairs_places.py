@@ -195,13 +195,13 @@ def dequantize_first(editor: Editor, names: set[str]) -> None:
             editor.say("integers stored as they are read", dq.node)
             continue
         mover = None if dq.data is None else dq.data.producer()
-        if (
-            mover is None
-            or not is_op(mover, "Gather", "Slice", "Reshape", "Transpose", "Identity")
-            or not dq.per_tensor
-        ):
+        if mover is None or not is_op(mover, "Gather", "Slice", "Reshape", "Transpose", "Identity"):
             continue
-        first = editor.add(DQ, [mover.inputs[0], *dq.node.inputs[1:]], f"{dq.name}_first", before=mover)
+        axis = None if dq.per_tensor else _axis_before(editor, mover, dq)
+        if axis == -1:
+            continue
+        along = {} if axis is None else {"axis": axis}
+        first = editor.add(DQ, [mover.inputs[0], *dq.node.inputs[1:]], f"{dq.name}_first", before=mover, **along)
         moved = editor.add(mover.op_type, [first.outputs[0], *mover.inputs[1:]], f"{name_of(mover)}_float", after=mover)
         for key, attr in mover.attributes.items():
             moved.attributes[key] = attr
@@ -210,6 +210,14 @@ def dequantize_first(editor: Editor, names: set[str]) -> None:
         if result.is_graph_output():
             editor.take_over_output(result, moved.outputs[0])
         editor.say(f"dequantized before {mover.op_type}", dq.node)
+
+
+def _axis_before(editor: Editor, mover: ir.Node, dq: Pair) -> int:
+    """Where the axis of the scales lies in front of a look-up; -1 where that is not followed."""
+    axis, at, index = dq.positive_axis, int(attribute(mover, "axis", 0)), editor.file.rank(mover.inputs[1])
+    if not is_op(mover, "Gather") or axis is None or index is None or at < 0 or dq.block:
+        return axis if is_op(mover, "Identity") and axis is not None else -1
+    return axis if axis < at else axis - index + 1 if axis >= at + index else -1
 
 
 def shapes(editor: Editor, names: set[str]) -> None:

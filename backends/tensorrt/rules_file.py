@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from ..rules.onnx_file import MICROSOFT, OnnxFile, name_of
-from ..rules.qdq import Pair, dequantizer, is_op, pairs
+from ..rules.qdq import Pair, dequantizer, pairs
 from ..rules.rule import Hit, Rule, Where
 from .flow import state
 from .operators import CONTRIB, DYNAMIC, NO_PLUGIN, QOPERATORS, UNSUPPORTED
@@ -51,28 +51,6 @@ def _operators(where: Where) -> Iterator[Hit]:
                 yield name_of(node), f"{MICROSOFT}.{node.op_type}"
         elif node.domain != "trt":
             yield name_of(node), f"{node.domain}.{node.op_type} (unless a plugin of that name is loaded)"
-
-
-def _stored_moved(where: Where) -> Iterator[Hit]:
-    file = where.file
-    for pair in pairs(file):
-        node = None if pair.data is None else pair.data.producer()
-        if pair.quantizes or node is None or node.op_type in ("Constant", "QuantizeLinear") or pair.dtype not in LEGAL:
-            continue
-        source = _source(file, node)
-        if source is not None and file.static_dtype(source) in LEGAL:
-            yield pair.name, f"{node.op_type} stands between the stored integers and it"
-
-
-def _source(file: OnnxFile, node: ir.Node) -> ir.Value | None:
-    """The stored tensor that a chain of moving operators begins with, or None."""
-    value: ir.Value | None = node.inputs[0] if node.inputs else None
-    while value is not None and value.producer() is not None and not is_op(value.producer(), "Constant"):
-        producer = value.producer()
-        if is_op(producer, "QuantizeLinear") or producer is None:
-            return None
-        value = producer.inputs[0] if producer.inputs else None
-    return value if value is not None and file.is_static(value) else None
 
 
 def _mixed(where: Where) -> Iterator[Hit]:
@@ -178,14 +156,6 @@ RULES: tuple[Rule, ...] = (
         "the parser does not import this operator, or finds no kernel for it",
         "replace it, or load a plugin",
         _operators,
-    ),
-    Rule(
-        "stored-moved",
-        "error",
-        "stored integers go into a DequantizeLinear and nowhere else",
-        "dequantize first",
-        _stored_moved,
-        "dequantize_first",
     ),
     Rule(
         "mixed-types",

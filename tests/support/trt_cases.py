@@ -179,6 +179,46 @@ def _numbers(t: Table) -> None:
     t.conv("stored weights through Identity", identity, "stored-moved", refused=True)
 
 
+def _stored(t: Table) -> None:
+    head = "g (float[2,8,32] x) => (float[2,8,32] y) {\n"
+    scalar = " d = DequantizeLinear(k, sx, zx)\n y = Mul(x, d)\n}"
+    constants = {"sx": F(0.1), "zx": I8(0)}
+
+    def add(name: str, text: str, rules: str = "", top: str = head, **more: Any) -> None:
+        t.add(name, model(top + text, {**constants, **more}), rules, refused=bool(rules))
+
+    add("stored scalar", scalar, "stored-scalar", k=I8(50))
+    add("stored scalar, fp8", scalar, "stored-scalar", k=np.array(2, E4), zx=np.array(0, E4))
+    add("stored number with an axis", scalar, k=np.array([50], I8))
+    add("scalar quantized here", " q = QuantizeLinear(k, sx, zx)\n" + scalar.replace("(k,", "(q,"), k=F(2))
+    add("scalar of int32", scalar, "bias-int32", k=np.int32(50), zx=np.int32(0))
+    add("scalar read by nobody", " d = DequantizeLinear(k, sx, zx)\n y = Mul(x, x)\n}", k=I8(50))
+    given = head.replace("y)", "y, float d)")
+    add("scalar given back", " d = DequantizeLinear(k, sx, zx)\n y = Mul(x, x)\n}", "stored-scalar", given, k=I8(50))
+    cast = " d = Cast<to=1>(k)\n y = Mul(x, d)\n}"
+    add("int8 cast", cast, "stored-read", k=np.full(32, 3, I8))
+    add("uint8 cast", cast, k=np.full(32, 3, U8))
+    add("fp8 cast", cast, "stored-read", k=np.full(32, 3, E4))
+    most = " q = QuantizeLinear(x, sx, zx)\n m = Max(q, k)\n y = DequantizeLinear(m, sx, zx)\n}"
+    add("maximum of integers", most, "stored-read pair-unread", k=np.zeros(1, I8))
+    add("maximum of uint8", most, "stored-read uint8-activation pair-unread", k=np.zeros(1, U8), zx=U8(0))
+    table, ids = integers(50, 32), "g (int64[2,8] i) => (float[2,8,32] y) {\n"
+    look = " e = Gather<axis=0>(k, i)\n y = DequantizeLinear(e, sx, zx)\n}"
+    add("table looked up", look, "stored-moved pair-unread", ids, k=table)
+    add("table of uint8", look, "stored-moved uint8-stored pair-unread", ids, k=table.view(U8), zx=U8(0))
+    add(
+        "table, a scale per feature",
+        look.replace("Linear(", "Linear<axis=2>("),
+        "stored-moved pair-unread",
+        ids,
+        k=table,
+        sx=scales(32),
+        zx=np.zeros(32, I8),
+    )
+    after = " d = DequantizeLinear(k, sx, zx)\n y = Gather<axis=0>(d, i)\n}"
+    add("table dequantized first", after, top=ids, k=table)
+
+
 def _types(t: Table) -> None:
     base = qd("x", "xd") + MM_W + MM
     t.mm("matmul", base, says=INT)
@@ -241,6 +281,7 @@ def _types(t: Table) -> None:
     t.mm("transposed weight, K axis", wrong, "weight-axis", w=integers(16, 32), sw=scales(32), zw=np.zeros(32, I8))
     stored = qd("x", "xd") + " wt = Transpose<perm=[1,0]>(w)\n" + MM_W.replace("(w,", "(wt,") + MM
     t.mm("transposed integers", stored, "stored-moved", refused=True, w=integers(16, 32))
+    _stored(t)
     for op in ("Gemm<transB=1>", "Gemm"):
         axis, shape = (0, (16, 32)) if "trans" in op else (1, (32, 16))
         text = qd("x", "xd") + f" wd = DequantizeLinear<axis={axis}>(w, sw, zw)\n y = {op}(xd, wd, b)\n}}"
