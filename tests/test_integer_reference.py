@@ -98,6 +98,27 @@ def test_additions_and_products_of_activations(op: str, dtype) -> None:
         np.testing.assert_array_equal(formula(a, b, y), found)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("op", ["QLinearAdd", "QLinearMul"])
+@pytest.mark.parametrize(
+    "shapes",
+    [((1,), (4, 90)), ((4, 90), (1,)), ((2, 3, 1), (1, 3, 40)), ((2, 8, 1, 1), (2, 8, 5, 5)), ((2, 8, 5, 5), (8, 1, 1)),
+     ((40,), (2, 3, 40)), ((2, 3, 1, 1), (1, 3, 1, 1)), ((1, 1, 1, 1), (2, 3, 1, 1))],
+    ids=str,
+)  # fmt: skip
+def test_broadcast_operands_on_ties(shapes, op: str, dtype) -> None:
+    rng = np.random.default_rng(2)
+    formula = k.qlinear_add if op == "QLinearAdd" else k.qlinear_mul
+    for _ in range(20):
+        a, b = (tensor(rng, shape, dtype, 2.0 ** -rng.integers(2, 8)) for shape in shapes)
+        unit = a.scale * b.scale if op == "QLinearMul" else a.scale
+        y = k.Grid(np.array(unit * 2 * rng.integers(1, 33), f32), np.asarray(integers(rng, (), dtype)))
+        constants = {"as": a.scale, "az": a.zero, "bs": b.scale, "bz": b.zero, "ys": y.scale, "yz": y.zero}
+        names = ["a", "as", "az", "b", "bs", "bz", "ys", "yz"]
+        found = runtime(op, {"a": a.data, "b": b.data}, constants, names, TYPES[np.dtype(dtype)])
+        np.testing.assert_array_equal(formula(a, b, y), found)
+
+
 CONVS = [
     # channels in, out, groups, kernel, stride, padding, dilation
     (3, 8, 1, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1)),

@@ -22,7 +22,7 @@ def store_computed(graph: Graph, spec: BackendSpec) -> list[Decision]:
     for node in list(graph.nodes):
         for position in sorted({p for r in spec.alternatives(node.op) for p in (r.weight, r.bias) if p is not None}):
             value = node.input(position)
-            if value is None or value.is_const or value.producer is None or not _constant(value, known):
+            if value is None or value.is_const or value.producer is None or not constant(value, known):
                 continue
             try:
                 _store(graph, value)
@@ -31,15 +31,18 @@ def store_computed(graph: Graph, spec: BackendSpec) -> list[Decision]:
     return decisions
 
 
-def _constant(value: Value, known: dict[str, bool]) -> bool:
-    """Whether nothing but constants determines a value."""
+def constant(value: Value, known: dict[str, bool], ranges: bool = False) -> bool:
+    """Whether nothing but constants determines a value; with ``ranges`` counting up between fixed ends is constant too.
+
+    ``known``: what was found out before, by node name; updated.
+    """
     stack: list[tuple[Node, bool]] = [(value.producer, False)] if value.producer is not None else []
     while stack:
         node, ready = stack.pop()
         if node.name in known:
             continue
         sources = [v for v in (*node.inputs, *node.dynamic) if v is not None and not v.is_const]
-        if node.op in RUNTIME or node.captured or not (node.inputs or node.op == "full"):
+        if node.op in RUNTIME or node.captured or not (node.inputs or node.op == "full" or (ranges and _counts(node))):
             known[node.name] = False
         elif any(v.producer is None or known.get(v.producer.name) is False for v in sources):
             known[node.name] = False
@@ -49,6 +52,15 @@ def _constant(value: Value, known: dict[str, bool]) -> bool:
             stack.append((node, True))
             stack += [(v.producer, False) for v in sources if v.producer is not None and v.producer.name not in known]
     return value.is_const or (value.producer is not None and known[value.producer.name])
+
+
+def _counts(node: Node) -> bool:
+    """Whether this is a range of integers whose ends the graph fixes."""
+    return (
+        node.op == "arange"
+        and not node.dynamic
+        and all(node.attrs.get(k) is not None for k in ("start", "end", "step"))
+    )
 
 
 def _store(graph: Graph, value: Value) -> Value:

@@ -122,12 +122,24 @@ def qgemm_float(x: Quantized, w: Quantized, bias: np.ndarray | None = None) -> n
 
 
 def qlinear_add(a: Quantized, b: Quantized, y: Grid) -> np.ndarray:
-    """QLinearAdd: rint(fma(ra, a, fma(rb, b, zy - fma(ra, za, rb * zb)))), ra = f32(a.scale / y.scale)."""
+    """QLinearAdd: rint(fma(ra, a, fma(rb, b, zy - fma(ra, za, rb * zb)))), ra = f32(a.scale / y.scale).
+
+    Where the first operand alone is repeated along the innermost axis, the runtime swaps the two.
+    """
+    if _repeated_first(a.data.shape, b.data.shape):
+        a, b = b, a
     ra, rb = (np.asarray(q.scale / y.scale, dtype=f32) for q in (a, b))
     za, zb = f32(int(a.zero)), f32(int(b.zero))
     fixed = np.asarray(f32(int(y.zero)) - fma(ra, za, rb * zb), dtype=f32)
     found = fma(ra, a.data.astype(f32), fma(rb, b.data.astype(f32), fixed))
     return saturate(np.rint(found), y.zero.dtype)
+
+
+def _repeated_first(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether broadcasting repeats an element of ``a`` along the last axis that is longer than 1."""
+    rank = max(len(a), len(b))
+    sizes = zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True)
+    return next((one == 1 for one, other in reversed(list(sizes)) if max(one, other) > 1), False)
 
 
 def qlinear_mul(a: Quantized, b: Quantized, y: Grid) -> np.ndarray:

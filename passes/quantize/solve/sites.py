@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ....graph.ir import Node, Value
+from ..constants import constant
 from ..placement import WeightSite
 from ..spec import BackendSpec, OpPlacement, TensorFormat, input_axis, output_axis
 
@@ -50,6 +51,9 @@ def _table_obstacle(node: Node, rule: OpPlacement) -> str:
         return f"its table is {w.dtype} of rank {len(w.weight.shape)}; embeddings are float32 tables of rank 2"
     if node.attrs.get("axis", 0) != 0:
         return "it looks up along another axis than the rows"
+    rows = node.input(1 - (rule.weight or 0))
+    if rows is not None and (rows.is_const or constant(rows, {}, ranges=True)):
+        return "it looks up the same rows in every run: its result is a constant"
     if node.output.is_output and not node.output.uses:
         return "its result is a graph output"
     return ""
