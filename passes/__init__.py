@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .quantize.sensitivity.sensitivity_pass import Sensitivity
     from .quantize.weight_only import WeightOnly
     from .recover import Recover
+    from .recover.replace_block import ReplaceBlock
     from .registry import get, names
     from .reparam.bind import Bind
     from .reparam.insert import Reparametrize
@@ -58,9 +59,12 @@ if TYPE_CHECKING:
     from .report import Report
     from .result import Result
     from .transform.awq import AwqScale
+    from .transform.collapse import perpendicular_gradients, softmax_collapse
     from .transform.equalize import Equalize
     from .transform.flat import FlatTransform
     from .transform.query_key import FuseQueryKey
+    from .transform.replace_attention import ReplaceAttention
+    from .transform.replace_softmax import ReplaceSoftmax
     from .transform.rotate import Rotate
     from .transform.smooth import Smooth
 
@@ -99,7 +103,10 @@ if TYPE_CHECKING:
     recover: Callable[..., Result]
     reinitialize: Callable[..., Result]
     reparametrize: Callable[..., Result]
+    replace_attention: Callable[..., Result]
+    replace_block: Callable[..., Result]
     replace_norm: Callable[..., Result]
+    replace_softmax: Callable[..., Result]
     select: Callable[..., Result]
     shared_mask: Callable[..., Result]
     compress_weights: Callable[..., Result]
@@ -152,7 +159,10 @@ __all__ = [
     "Recover",
     "Reinitialize",
     "Reparametrize",
+    "ReplaceAttention",
+    "ReplaceBlock",
     "ReplaceNorm",
+    "ReplaceSoftmax",
     "Report",
     "Result",
     "Rotate",
@@ -201,6 +211,7 @@ __all__ = [
     "merge_adapter",
     "names",
     "norm_tweak",
+    "perpendicular_gradients",
     "pre_calibrate",
     "prune",
     "prune_iteratively",
@@ -212,13 +223,17 @@ __all__ = [
     "regularize",
     "reinitialize",
     "reparametrize",
+    "replace_attention",
+    "replace_block",
     "replace_norm",
+    "replace_softmax",
     "rotate",
     "save_subspace",
     "select",
     "sensitivity",
     "shared_mask",
     "smooth",
+    "softmax_collapse",
     "unmerge_adapter",
     "vq_weights",
     "weight_only",
@@ -229,6 +244,7 @@ _HOME = {
     **dict.fromkeys(["get", "names"], ".registry"),
     **dict.fromkeys(["merge_adapter", "unmerge_adapter"], ".adapters.merge"),
     "Adapter": ".adapters.adapter",
+    **dict.fromkeys(["perpendicular_gradients", "softmax_collapse"], ".transform.collapse"),
     "load_peft": ".adapters.peft",
     **dict.fromkeys(["load_subspace", "save_subspace"], ".reparam.subspace"),
     "Pipeline": ".pipeline",

@@ -1,42 +1,64 @@
-"""ReplaceNorm: batch norms give way to weight standardization in the convolutions before them."""
+"""ReplaceNorm: batch norms give way to standardised weights, layer and RMS norms to elementwise functions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from ...graph.errors import ConstraintError
 from ...graph.ir import Graph, Node
-from ..base import Context, Contract, Decision, Outcome, Pass
+from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class ReplaceNorm(Pass):
-    """Take batch norms out and standardise the weights of the convolutions before them, for training without norms.
+    """Take norms out of a network: batch norms for training without them, or layer norms for elementwise functions.
 
-    "Characterizing signal propagation to close the performance gap in unnormalized ResNets", in its plainest form:
-    scaled weight standardization with a gain per channel, and no residual scaling. Gains and biases start so that on
-    the example inputs every channel has the mean and the variance that its batch norm was trained to give (its shift,
-    its gain squared), layer after layer; standardization takes the weights' means, so the function is new (FRESH).
+    Form "nf" standardises the weights of the convolutions before batch norms, after "Characterizing signal propagation
+    to close the performance gap in unnormalized ResNets", in its plainest form: scaled weight standardization with a
+    gain per channel, and no residual scaling. Gains and biases start so that on the example inputs every channel has
+    the mean and the variance that its batch norm was trained to give (its shift, its gain squared), layer after layer;
+    standardization takes the weights' means, so the function is new (FRESH).
 
     The report holds, per norm, the largest channel mean and the mean channel variance before and after.
 
+    Forms "eln" and "dyt" put ``s x / sqrt(C + x^2) + t`` or ``s tanh(a x) + t`` in the place of every layer or RMS
+    norm over the last axis, with C or a, s and t (none for RMS norms) fitted by least squares on calibration data; s
+    and t go into gain and bias, which P.Fold then moves into what reads them. No statistic is computed at run time.
+    (x / sqrt(C + x^2) is a layer norm exactly where the other coordinates stay as they are, which is why it fits
+    better.) The function is near the old one and meant to be trained. Source: "Elementwise Layer Normalization"; DyT:
+    "Transformers without Normalization". The report holds both forms' relative errors per norm.
+
     Raises:
-        ConstraintError: no example inputs, no batch norm behind a convolution of its own, or a module that cannot be
-            changed by path.
+        ConstraintError: for "nf": no example inputs, no batch norm behind a convolution of its own, or a module that
+            cannot be changed by path; for the others: no such norm, or a gain computed at run time.
     """
 
     name: ClassVar[str] = "replace_norm"
     contract: ClassVar[Contract] = Contract.FRESH
     requires: ClassVar[frozenset[str]] = frozenset({"float"})
 
-    form: Literal["nf"] = "nf"
-    """``"nf"``: scaled weight standardization."""
+    form: Literal["nf", "eln", "dyt"] = "nf"
+    """``"nf"``: scaled weight standardization; ``"eln"``: x / sqrt(C + x^2); ``"dyt"``: tanh(a x)."""
+    ignore: list[str] = Field(default_factory=list)
+    """Glob patterns of layer and RMS norms to leave alone."""
+    calibration: Any = Field(default=None, exclude=True, repr=False)
+    """Batches of typical inputs that "eln" and "dyt" are fitted on; the run's own when absent."""
+
+    def requirement(self) -> Needs:
+        return Needs.NOTHING if self.form == "nf" else Needs.CALIBRATION
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
         from ..adapters.insert import graph_of, module_of
 
+        if self.form != "nf":
+            from .elementwise_norm import replace_norms
+
+            decisions, facts = replace_norms(graph, self.form, self.batches(ctx), self.ignore, ctx)
+            return Outcome(decisions=decisions, details=facts)
         if ctx.example_inputs is None or graph.kind != "fx":
             raise ConstraintError("replacing norms needs an nn.Module and example inputs", found=graph.kind)
         pairs = _pairs(graph)
