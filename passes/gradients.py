@@ -215,6 +215,13 @@ def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
         raise _misfit(output, target, f"class indices {_without(output, _class_axis(output))}")
     logp = _wide(output).movedim(fitting[0], -1).log_softmax(-1)
     valid = target != IGNORED
+    outside = target[valid & ((target < 0) | (target >= logp.shape[-1]))]
+    if len(outside):
+        raise ConstraintError(
+            "a target names a class that the model's first output lacks", node="data",
+            expected=f"classes 0 to {logp.shape[-1] - 1}, or {IGNORED} where no loss is taken", found=int(outside[0]),
+            hint="number the classes from 0, as the model's outputs are",
+        )  # fmt: skip
     found = -logp.gather(-1, target.long().clamp(min=0).unsqueeze(-1)).squeeze(-1) * valid
     return found.reshape(len(output), -1).sum(1) / valid.reshape(len(output), -1).sum(1).clamp(min=1)
 

@@ -62,6 +62,11 @@ def test_bad_data_says_what_to_pass() -> None:
         losses_of(torch.randn(4, 7), Example(X, torch.zeros(3, dtype=torch.long)), "cross_entropy", 0)
     with pytest.raises(ConstraintError, match="does not fit"):
         losses_of(torch.randn(4, 7), Example(X, torch.zeros(4)), "mse", 0)
+    for wrong in (7, -1):  # -1 is no class either, and no class 0
+        with pytest.raises(ConstraintError, match="names a class") as caught:
+            losses_of(torch.randn(2, 7), Example(X, torch.tensor([1, wrong])), "cross_entropy", 0)
+        assert caught.value.found == wrong
+    assert losses_of(torch.randn(2, 7), Example(X, torch.tensor([1, -100])), "cross_entropy", 0)[1] == 0
     with pytest.raises(ConfigError, match="unknown loss"):
         losses_of(torch.randn(4, 7), Example(X, torch.zeros(4)), "hinge", 0)
     with pytest.raises(ConstraintError, match="empty"):

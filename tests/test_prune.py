@@ -67,6 +67,8 @@ def test_reductions_and_normalizers() -> None:
     assert np.allclose(normalized(s, "sum").sum(), 1) and normalized(s, "max").max() == 1
     assert np.allclose(normalized(s, "mean").mean(), 1) and abs(normalized(s, "gaussian").mean()) < 1e-12
     assert (normalized(s, "none") == s).all()
+    below = normalized(np.array([-3.0, -1.0, -2.0]), "mean")  # a callable may score below zero
+    assert np.allclose(below, [-1.5, -0.5, -1.0]) and normalized(-s, "max").min() == -1
 
 
 def test_a_copy_of_another_index_goes_first_by_cosine() -> None:
@@ -85,8 +87,41 @@ def test_norm_scale_leaves_alone_what_has_no_norm() -> None:
     result = P.prune(model, x, criterion="norm_scale", ratio=0.34)
     assert result.plan.weights["a1.0.weight"][0] == [1, 2, 4, 5]
     plain, y = small()
-    with pytest.raises(ConstraintError, match="nothing was pruned"):
-        P.prune(plain, y, criterion="norm_scale", ratio=0.5)
+    with pytest.raises(ConstraintError, match="nothing to judge any group by") as caught:
+        P.prune(plain, y, criterion="norm_scale", target=fl.macs(0.5))
+    assert "another criterion" in str(caught.value.hint)
+    # Some groups have a norm and some have none: the least that is left says that the criterion is why.
+    half = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    with pytest.raises(ConstraintError, match="cannot be reached") as caught:
+        P.prune(half, y, criterion="norm_scale", target=fl.macs(0.5))
+    assert "nothing to judge 1 of the groups" in str(caught.value.hint)
+    with pytest.raises(ConstraintError, match="cannot be reached") as caught:
+        P.prune(half, y, target=fl.macs(0.01))
+    assert "judge" not in str(caught.value.hint)
+
+
+class Heads(nn.Module):
+    """Attention of 3 heads and a wide feed-forward: a head is a large step, a hidden unit a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
+        self.up, self.down = nn.Linear(24, 120), nn.Linear(120, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(2, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_small_steps_make_up_for_large_ones(scope: str) -> None:
+    torch.manual_seed(0)
+    model, x = Heads().eval(), (torch.randn(2, 10, 24),)
+    for share in (0.3, 0.45, 0.55, 0.6, 0.7, 0.85):
+        step = P.prune(model, x, target=fl.macs(share), scope=scope, verify=False).report.passes[0]
+        assert step.details["reached"] == pytest.approx(share, rel=0.02), share
+        assert not [d for d in step.decisions if d.action == "missed"]
 
 
 def test_isomorphic_groups_compete_among_themselves() -> None:

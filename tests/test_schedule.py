@@ -170,6 +170,8 @@ def test_errors_come_before_any_training() -> None:
         P.prune_iteratively(model, x, prune=P.Prune(ratio=1.5), train=called.append)
     with pytest.raises(ConfigError, match="rise from 0 to 1"):
         P.prune_iteratively(model, x, prune=P.Prune(ratio=0.5), train=called.append, schedule=lambda x: 0.5)
+    with pytest.raises(ConfigError, match="invalid option.*schedule"):
+        P.prune_iteratively(model, x, prune=P.Prune(ratio=0.5), train=called.append, schedule="cosine")
     with pytest.raises(ConfigError, match="cannot be found"):
         P.prune_iteratively(model, x, prune=P.Prune(ratio=0.5), train="no_such_module:train")
     assert not called

@@ -73,6 +73,7 @@ def candidates(
             node="ignore_types",
             value=sorted(unused_types)[0],
             expected=", ".join(sorted({n for g in groups for n in types_of(groups.graph, g)})),
+            hint="take one of these names (wildcards allowed), or leave the pattern out",
         )
     if by_kind is not None and not any(kind in by_kind for kind in kind_of.values()):
         raise ConstraintError(
@@ -80,6 +81,7 @@ def candidates(
             node="atoms",
             value=", ".join(by_kind),
             found=", ".join(sorted(set(kind_of.values()))),
+            hint="name kinds that the model has, or take atoms='outer' or 'all'",
         )
     return chosen
 
@@ -127,6 +129,7 @@ def overridden(
                 node=pattern,
                 expected="a share between 0 (kept whole) and 1",
                 found=ratio,
+                hint="give the share that goes: 0.3 drops 30 %, 0 keeps the group whole",
             )
     idle = {p for p in overrides if not any(matches(p, g) for g in everything)}
     if idle:

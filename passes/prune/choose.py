@@ -36,6 +36,7 @@ class Chooser:
         groups: of the graph.
         scores: of the groups that may be cut.
         decisions, details: receive what the report should say.
+        unjudged: how many groups might be cut but have no scores.
     """
 
     prune: Prune
@@ -45,6 +46,7 @@ class Chooser:
     ctx: Context
     decisions: list[Decision]
     details: dict[str, Any]
+    unjudged: int = 0
     ratios: dict[AxisGroup, float] = field(default_factory=dict)
     classes: list[list[AxisGroup]] = field(default_factory=list)
 
@@ -118,7 +120,7 @@ class Chooser:
         """The selection that an estimate puts closest to ``wanted``."""
 
         def once(amount: float) -> Reached:
-            return reach(self.pick, estimate, amount, target, self.scores, self.classes)
+            return reach(self.pick, estimate, amount, target, self.scores, self.classes, self.unjudged)
 
         if self.layerwise is None:
             return once(wanted)
@@ -191,6 +193,7 @@ def coarse(target: Target, wanted: float, cost: float, found: Reached, widths: W
     off = cost / wanted - 1
     why = (
         f"{cost:,.0f} {target.metric} remain, {abs(off):.1%} {'above' if off > 0 else 'below'} what was asked: "
-        f"no selection in whole {'blocks of ' + str(widths.round_to) if widths.round_to > 1 else 'indices'} is nearer"
+        f"no selection in whole {'blocks of ' + str(widths.round_to) if widths.round_to > 1 else 'indices'} "
+        "was found nearer"
     )
     return Decision(str(target), "missed", why, {"wanted": wanted, "reached": cost, "ratio": found.ratio})

@@ -95,7 +95,10 @@ def _checked(g: AxisGroup, scores: Any) -> np.ndarray:
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (g.size,) or not np.isfinite(scores).all():
         raise ConfigError(
-            "the criterion must return one finite score per index", node=g.name, expected=(g.size,), found=scores.shape
+            "the criterion must return one finite score per index",
+            node=g.name,
+            expected=f"shape {(g.size,)}",
+            found=f"shape {scores.shape}" if scores.shape != (g.size,) else "NaN or infinity",
         )
     return scores
 

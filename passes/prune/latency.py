@@ -205,7 +205,7 @@ def settle_latency(chooser: Chooser, target: Target) -> Kept:
     assert best is not None
     measured, found = best
     if measured > share * (1 + NEAR) and counts_of(chooser.pick(1.0)) in tried:
-        raise unreachable(target, wanted, measured * bench.before_ms)
+        raise unreachable(target, wanted, measured * bench.before_ms, chooser.unjudged)
     _report(chooser, bench, table, target, share, measured, found)
     return found.kept
 

@@ -168,8 +168,15 @@ class Prune(Pass):
             if g not in scores
         ]
 
+        if chosen and not scores:
+            raise ConstraintError(
+                f"{self._criterion_name()} finds nothing to judge any group by",
+                node="criterion",
+                found=f"{len(chosen)} groups that could be cut, such as {chosen[0].name}",
+                hint="take another criterion: l2 judges every group",
+            )
         details: dict[str, Any] = {}
-        chooser = Chooser(self, groups, scores, evidence, ctx, decisions, details)
+        chooser = Chooser(self, groups, scores, evidence, ctx, decisions, details, len(chosen) - len(scores))
         kept = chooser.choose()
         whole = {g: chooser.why_whole(g) for g, k in kept.items() if len(k) == g.size}
         self._record(kept, whole, decisions)
@@ -178,7 +185,8 @@ class Prune(Pass):
             raise ConstraintError(
                 "nothing was pruned",
                 found=f"{len(chosen)} prunable groups, none of which loses an index",
-                hint="raise the ratio, lower round_to or min_keep, shorten ignore; `foldline inspect` shows the frozen",
+                hint=f"{'raise the ratio' if self.target is None else 'lower the target'}, lower round_to or min_keep, "
+                "shorten ignore; `foldline inspect` shows the frozen",
             )
         kind_of = kinds(groups)
         oracle = identity_check(groups, cut, ctx.seed) if ctx.verify else None

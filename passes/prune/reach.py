@@ -16,6 +16,8 @@ from .select import Kept
 
 TOLERANCE = 0.02
 """Relative distance from a target within which it counts as met."""
+HELD = 4
+"""Steps that cross the target by more than that and are left out of the search in turn."""
 
 
 @dataclass
@@ -40,61 +42,93 @@ def reach(
     target: Target,
     scores: Scores,
     classes: Iterable[list[AxisGroup]] = (),
+    unjudged: int = 0,
 ) -> Reached:
     """The selection whose cost comes closest to ``wanted``: bisection over the ratio, then group by group.
 
     At one ratio all groups of equal width step to their next block together; the second search lets only the first of
-    them (those that lose the least important indices) take that step. Groups of one class step together.
+    them (those that lose the least important indices) take that step. Groups of one class step together. Where one
+    group's step (a head of three) alone crosses the target by more than the tolerance, that group stays on one side of
+    it, whichever the others can make up for better, and the ratio of the others is searched anew.
+
+    Args:
+        unjudged: how many groups could be cut but have no scores; only the error says so.
 
     Raises:
         ConstraintError: even the largest ratio leaves more than the target.
     """
-
-    def cost_of(kept: Kept) -> float:
-        return measure(counts_of(kept))
-
-    low, high = 0.0, 1.0
-    above, below = choose(low), choose(high)
-    least = cost_of(below)
+    classes = list(classes)
+    whole, floor = choose(0.0), choose(1.0)
+    least = measure(counts_of(floor))
     if least > wanted * (1 + TOLERANCE):
-        raise unreachable(target, wanted, least)
-    best = Reached(below, 1.0, least)
+        raise unreachable(target, wanted, least, unjudged)
+    best = Reached(floor, 1.0, least)
 
     def consider(kept: Kept, ratio: float) -> float:
-        now = cost_of(kept)
+        now = measure(counts_of(kept))
         if abs(now - wanted) < abs(best.cost - wanted):
             best.kept, best.ratio, best.cost = kept, ratio, now
         return now
 
-    for _ in range(16):
-        middle = (low + high) / 2
-        kept = choose(middle)
-        if consider(kept, middle) > wanted:
-            low, above = middle, kept
-        else:
-            high, below = middle, kept
-    steps = _steps(above, below, scores, classes)
-    first, last = 0, len(steps)
-    while first < last:
-        count = (first + last) // 2
-        taken = [g for step in steps[:count] for g in step]
-        if consider({**above, **{g: below[g] for g in taken}}, (low + high) / 2) > wanted:
-            first = count + 1
-        else:
-            last = count
+    def search(held: Kept) -> _Crossing:
+        """Both searches with some groups held as they are."""
+        low, high = 0.0, 1.0
+        above, below = {**whole, **held}, {**floor, **held}
+        nearest = float("inf")
+        for _ in range(16):
+            middle = (low + high) / 2
+            kept = {**choose(middle), **held}
+            now = consider(kept, middle)
+            nearest = min(nearest, abs(now - wanted))
+            if now > wanted:
+                low, above = middle, kept
+            else:
+                high, below = middle, kept
+        steps = _steps(above, below, scores, classes)
+        first, last = 0, len(steps)
+        while first < last:
+            count = (first + last) // 2
+            taken = [g for step in steps[:count] for g in step]
+            now = consider({**above, **{g: below[g] for g in taken}}, (low + high) / 2)
+            nearest = min(nearest, abs(now - wanted))
+            if now > wanted:
+                first = count + 1
+            else:
+                last = count
+        crossing = steps[first - 1] if 0 < first <= len(steps) else []
+        sides = (above, below) if crossing else ()
+        return _Crossing(nearest, [{**held, **{g: side[g] for g in crossing}} for side in sides])
+
+    found = search({})
+    for _ in range(HELD):
+        if abs(best.cost - wanted) <= TOLERANCE * wanted or not found.sides:
+            break
+        found = min((search(side) for side in found.sides), key=lambda crossing: crossing.nearest)
     return best
 
 
-def unreachable(target: Target, wanted: float, least: float) -> ConstraintError:
-    """The error for a target that lies below what these groups can give."""
+@dataclass
+class _Crossing:
+    """Where a search ended: its distance from the target, and the groups to hold from here on, those whose step crossed
+    the target before that step in one dict and after it in the other; none if there are no such groups."""
+
+    nearest: float
+    sides: list[Kept]
+
+
+def unreachable(target: Target, wanted: float, least: float, unjudged: int = 0) -> ConstraintError:
+    """The error for a target that lies below what these groups can give; ``unjudged`` more have no scores."""
     unit = "ms" if target.metric == "latency" else target.metric
     shown = (f"{wanted:,.3f}", f"{least:,.3f}") if target.metric == "latency" else (f"{wanted:,.0f}", f"{least:,.0f}")
+    hint = "raise the target, shorten `ignore`, lower `round_to` or allow nested groups with atoms='all'"
+    if unjudged:
+        hint = f"take another criterion, this one has nothing to judge {unjudged} of the groups by; or {hint}"
     return ConstraintError(
         "the target cannot be reached by pruning these groups",
         node=str(target),
         expected=f"at most {shown[0]} {unit}",
         found=f"{shown[1]} left with every group at its minimum",
-        hint="raise the target, shorten `ignore`, lower `round_to` or allow nested groups with atoms='all'",
+        hint=hint,
     )
 
 

@@ -59,7 +59,7 @@ class PruneIteratively(Pass):
     """The training loop between the steps, a function of one nn.Module (in files `module:function`); None: none."""
     steps: int = Field(5, ge=1)
     """Number of steps."""
-    schedule: Course | Annotated[Callable[[float], float], SkipValidation] = "linear"
+    schedule: Course | Callable[[float], float] = "linear"
     """"linear", "cubic", "geometric", or a function from the share of steps done to the share of the goal reached,
     both in 0..1, never falling, with f(1) = 1."""
 

@@ -60,7 +60,8 @@ def normalized(scores: np.ndarray, normalizer: Normalizer) -> np.ndarray:
         out = np.empty_like(scores)
         out[order] = ascending / np.maximum(np.cumsum(ascending[::-1])[::-1], 1e-30)
         return out
-    scale = {"mean": scores.mean(), "max": scores.max(), "sum": scores.sum()}[normalizer]
+    sizes = np.abs(scores)  # a callable may score below zero
+    scale = {"mean": sizes.mean(), "max": sizes.max(), "sum": sizes.sum()}[normalizer]
     return np.asarray(scores / max(float(scale), 1e-30))
 
 
