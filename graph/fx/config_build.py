@@ -14,13 +14,14 @@ from .config_entries import is_config, sizes_of
 from .walk import modules_of, tensors_of
 
 
-def built_from(kind: type[nn.Module], config: Any) -> nn.Module | None:
+def built_from(kind: type[nn.Module], config: Any, generation: Any = None) -> nn.Module | None:
     """A module of this class from a configuration: parameters on the meta device, buffers with data; None if it fails.
 
-    Nothing is drawn from the caller's random state.
+    Nothing is drawn from the caller's random state. ``generation``: what the module holds as transformers' defaults of
+    text generation, which take as long to make as the layers of a small model.
     """
     try:
-        with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _uninitialised():
+        with torch.random.fork_rng(devices=[]), _parameters_on_meta(), _uninitialised(), _generating(generation):
             return kind(config)
     except Exception:  # user code: a width that is no multiple of the heads, a class with other arguments
         return None
@@ -79,6 +80,22 @@ def _uninitialised() -> AbstractContextManager[Any]:
     library = sys.modules.get("transformers.initialization")
     skip = getattr(library, "no_init_weights", None)
     return nullcontext() if skip is None else skip()
+
+
+@contextmanager
+def _generating(like: Any) -> Iterator[None]:
+    """transformers' models made inside hold ``like`` instead of defaults of generation of their own."""
+    library = sys.modules.get("transformers.generation.configuration_utils")
+    kind = getattr(library, "GenerationConfig", None)
+    if kind is None or not isinstance(like, kind) or "from_model_config" not in vars(kind):
+        yield
+        return
+    original = vars(kind)["from_model_config"]
+    kind.from_model_config = lambda config: like
+    try:
+        yield
+    finally:
+        kind.from_model_config = original
 
 
 @contextmanager

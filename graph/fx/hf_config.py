@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
-from itertools import combinations, product
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .config_build import all_sizes, apart, built_from, entries_read, shapes_of
-from .config_entries import Entries, configs, integer_entries, is_config, set_entry, shorter_lists
+from .config_build import shapes_of
+from .config_entries import Entries, configs, integer_entries, is_config, set_entry
+from .config_search import Search
 from .patch import SizeChanges
 from .same_state import sizes_apart
 from .shorten import dead_entries
@@ -22,15 +22,12 @@ from .walk import modules_of
 if TYPE_CHECKING:
     from .view import FXView
 
-Misfit: TypeAlias = tuple[int, int]
-"""How many axes of tensors, and how many integer attributes of modules, are not as wanted."""
-
-_MAX_BUILDS = 96
 _WAY_OUT = (
     "load the result with fl.load_pruned, or prune with equal=True (equal widths over layers) and leave whole, or cut "
     "alike, what the configuration ties together"
 )
-_NEVER: Misfit = (1 << 30, 1 << 30)
+_BUILT: WeakKeyDictionary[nn.Module, tuple[dict[Any, nn.Module | None], set[str]]] = WeakKeyDictionary()
+"""What was built for a module whose configuration was not clear at once, for the search that follows."""
 
 
 def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
@@ -106,30 +103,8 @@ def _buildable(m: nn.Module) -> bool:
     return is_config(vars(m).get("config")) and callable(getattr(m, "save_pretrained", None))
 
 
-class _Fit:
-    """The search for the entries of one submodule's configuration."""
-
-    def __init__(
-        self,
-        graph: FXView,
-        changes: SizeChanges,
-        twin: nn.Module,
-        path: str,
-        m: nn.Module,
-        dropped: Mapping[str, tuple[int, list[int]]],
-    ) -> None:
-        self.graph, self.twin, self.path, self.module = graph, twin, path, m
-        self.config = m.config
-        self.entries = integer_entries(self.config)
-        self.shapes = shapes_of(m)
-        self.sizes = all_sizes(m)
-        self.known: dict[tuple[tuple[str, int | None], ...], tuple[Misfit, nn.Module | None]] = {}
-        self.read: set[str] = set()
-        """Names of the entries that the first build looked at."""
-        self.lists = shorter_lists(self.config, dropped.values())
-        self.evidence = self._evidence(changes)
-        for count, left in dropped.values():
-            self.evidence.setdefault(count, []).append(len(left))
+class _Fit(Search):
+    """The entries of one submodule's configuration, found, proved and written."""
 
     def run(self) -> str:
         """Change the configuration; returns a note where that is not possible."""
@@ -137,11 +112,12 @@ class _Fit:
         uneven = self._uneven()
         if uneven:
             return f"{name} stays as it was, because layers have other widths than their like ({uneven}): {_WAY_OUT}"
+        self.known, self.read = _BUILT.pop(self.module, (self.known, self.read))
         found = self._search()
-        (tensors, _), built = self._build(found)
+        built = self._build(found)
         if built is None:
             return f"{name} stays as it was: {type(self.module).__name__} cannot be built from it"
-        if tensors:
+        if self._apart(built):
             have = shapes_of(built)
             wrong = next((f"{n}: {list(s)}" for n, s in self.shapes.items() if have.get(n) != s), "")
             wrong = wrong or next(f"it would have {n}" for n in have if n not in self.shapes)
@@ -159,8 +135,9 @@ class _Fit:
         if self._uneven():
             return None
         guess = self._named(self.evidence)
-        (tensors, _), built = self._build(guess)
-        if built is None or tensors:
+        built = self._build(guess)
+        if built is None or self._apart(built):
+            _BUILT[self.module] = self.known, self.read
             return None
         found = {e: v for e, v in guess.items() if self._is_read(e)}
         if found != guess and self._signature(found) != self._signature(guess):
@@ -172,6 +149,7 @@ class _Fit:
                 found = without
         sizes = sizes_apart(self.module, built)
         if sizes is None:
+            _BUILT[self.module] = self.known, self.read
             return None
         before = [(m, name, getattr(m, name)) for m, name, _ in sizes]
         old = self._say(built, found)
@@ -211,115 +189,10 @@ class _Fit:
                     return f"{other}: {list(size)}, {name}: {list(now)}"
         return ""
 
-    # ---- search --------------------------------------------------------------------------------------------------
-    def _evidence(self, changes: SizeChanges) -> dict[int, list[int]]:
-        """Old size -> sizes that took its place in this submodule, the most widespread first."""
-        prefix = f"{self.path}." if self.path else ""
-        votes: dict[int, dict[int, int]] = {}
-        for table in (changes.attrs, changes.shapes):
-            for scope, evidence in table.items():
-                if scope == self.path or scope.startswith(prefix):
-                    for old, new in evidence.items():
-                        for size in new - {old}:
-                            counts = votes.setdefault(old, {})
-                            counts[size] = counts.get(size, 0) + 1
-        return {old: sorted(c, key=lambda s: (-c[s], -s)) for old, c in votes.items()}
-
-    def _search(self) -> Entries:
-        options = {e: self.evidence[v] for e, v in self.entries.items() if v is not None and v in self.evidence}
-        best: Entries = {e: o[0] for e, o in options.items()}
-        if self._misfit(best)[0]:
-            best = self._descend(min(best, {}, key=self._misfit), options, 1)
-        if self._misfit(best)[0]:
-            best = self._descend(best, options, 2)
-        if self._misfit(best)[0]:  # sizes that the configuration leaves to a default (4 x the width)
-            open_ = [e for e, v in self.entries.items() if v is None and e not in best and self._is_read(e)]
-            unset = {e: self._wanted(best, e) for e in open_}
-            best = self._descend(best, {e: o for e, o in unset.items() if o}, 1)
-        for entry in list(best):  # what only happens to hold an old size (a token id) stays as it was
-            without = {e: v for e, v in best.items() if e != entry}
-            if self._signature(without) == self._signature(best):
-                best = without
-        return best
-
-    def _alike(self, found: Entries) -> Iterator[Entries]:
-        """What was found, and what fits as well by all that can be seen without running the model."""
-        unclear = [
-            e
-            for e in self.entries
-            if self._misfit({n: v for n, v in found.items() if n != e}) <= self._misfit(found) and e in found
-        ]
-        for count in range(min(len(unclear), 3) + 1):
-            for left in combinations(unclear, count):
-                tried = {n: v for n, v in found.items() if n not in left}
-                if not self._misfit(tried)[0]:
-                    yield tried
-
-    def _signature(self, found: Entries) -> Any:
-        built = self._build(found)[1]
-        return None if built is None else (shapes_of(built), all_sizes(built))
-
-    def _descend(self, best: Entries, options: Mapping[str, list[int]], together: int) -> Entries:
-        """Change ``together`` entries at a time for as long as that brings the built model closer."""
-        improved = True
-        while improved and self._misfit(best)[0] and len(self.known) < _MAX_BUILDS:
-            improved = False
-            for names in combinations(options, together):
-                for values in product(*([self.entries[n], *options[n]] for n in names)):
-                    tried = {**best, **dict(zip(names, values, strict=True))}
-                    tried = {n: v for n, v in tried.items() if v != self.entries[n]}
-                    if len(self.known) < _MAX_BUILDS and self._misfit(tried) < self._misfit(best):
-                        best, improved = tried, True
-        return best
-
-    def _wanted(self, found: Entries, entry: str) -> list[int]:
-        """Sizes that may be missing: of an attribute of the entry's name, and of the axes that do not fit yet."""
-        leaf = entry.rpartition(".")[2]
-        named = [v for (_, k), v in self.sizes.items() if k == leaf and isinstance(v, int)]
-        built = self._build(found)[1]
-        have = {} if built is None else shapes_of(built)
-        both = [(s, have[n]) for n, s in self.shapes.items() if len(have.get(n, ())) == len(s)]
-        axes = [w for s, h in both for w, other in zip(s, h, strict=True) if w != other]
-        return list(dict.fromkeys([*named, *axes]))[:4]
-
-    def _misfit(self, found: Entries) -> Misfit:
-        return self._build(found)[0]
-
-    def _build(self, found: Entries) -> tuple[Misfit, nn.Module | None]:
-        key = tuple(sorted(found.items()))
-        if key not in self.known:
-            with entries_read(self.config) if not self.known else nullcontext(self.read) as read:
-                built = self._built(found)
-            self.read |= read
-            if built is None:
-                self.known[key] = _NEVER, None
-            else:
-                have = shapes_of(built)
-                tensors = sum(apart(s, have.get(n)) for n, s in self.shapes.items())
-                tensors += sum(len(s) + 1 for n, s in have.items() if n not in self.shapes)
-                now = all_sizes(built)
-                self.known[key] = (tensors, sum(now.get(k) != v for k, v in self.sizes.items())), built
-        return self.known[key]
-
-    def _is_read(self, entry: str) -> bool:
-        """Whether a build looks at an entry of this name at all."""
-        return entry.rpartition(".")[2] in self.read
-
-    def _built(self, found: Entries) -> nn.Module | None:
-        config = copy.deepcopy(self.config)
-        try:
-            for name, value in found.items():
-                set_entry(config, name, value)
-            for name, entries in self.lists.items():
-                setattr(config, name, entries)
-        except Exception:  # user code: a configuration that checks its entries
-            return None
-        return built_from(type(self.module), config)
-
     # ---- proof ---------------------------------------------------------------------------------------------------
     def _verify(self, found: Entries) -> str:
         """Load the twin's weights into the built model, compare both on the example, and adopt its configuration."""
-        built = self._build(found)[1]
+        built = self._build(found)
         assert built is not None
         state = self.module.state_dict()
         if any(t.is_meta for t in [*state.values(), *pytree.tree_leaves(self._example()[0])] if torch.is_tensor(t)):

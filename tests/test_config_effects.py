@@ -1,0 +1,79 @@
+"""What entries changed alone say about entries changed together, and that a search builds no more than it must."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from foldline import passes as P
+from foldline.graph.fx.config_effects import Effects, misses, tables
+from foldline.graph.fx.config_search import Search
+from support import timm_models
+
+
+def _tables(width: int, inner: int, heads: int) -> Any:
+    shapes = {"a.weight": (inner, width), "b.weight": (width, inner), "mix": (heads * inner,)}
+    return tables(shapes, {("", "heads"): heads, ("", "head_dim"): width // heads})
+
+
+def _effects(built: list[Any]) -> Effects:
+    def build(found: dict[str, Any]) -> Any:
+        built.append(found)
+        if found.get("heads") == 5:
+            return None
+        if "layers" in found:
+            return {}, {}
+        return _tables(found.get("width", 16), found.get("inner", 32), found.get("heads", 4))
+
+    return Effects(_tables(16, 32, 4), build)
+
+
+def test_together_is_said_only_where_nothing_is_shared() -> None:
+    built: list[Any] = []
+    effects = _effects(built)
+    tensors, sizes = effects.together({"width": 8, "inner": 20})
+    assert tensors == {("a.weight", 1): 8, ("b.weight", 0): 8, ("a.weight", 0): 20, ("b.weight", 1): 20, ("mix", 0): 80}
+    assert sizes == {("", "head_dim"): 2}
+    assert effects.together({"inner": 20, "heads": 2})[0] is None  # both change the size of "mix"
+    assert effects.together({"inner": 20, "heads": 2})[1] == {("", "heads"): 2, ("", "head_dim"): 8}
+    assert effects.together({"width": 8, "heads": 2})[1] is None  # and both the head dim
+    assert effects.together({"heads": 5}) == effects.together({"layers": 1}) == (None, None)
+    assert effects.together({}) == ({}, {})
+    assert sorted(map(str, built)) == sorted(
+        map(str, [{"width": 8}, {"inner": 20}, {"heads": 2}, {"heads": 5}, {"layers": 1}])
+    )
+
+
+def test_misses_counts_what_is_not_as_wanted() -> None:
+    before, wanted = _tables(16, 32, 4)[0], _tables(8, 32, 4)[0]
+    assert misses({}, before, wanted) == 2
+    assert misses({("a.weight", 1): 8, ("b.weight", 0): 8}, before, wanted) == 0
+    assert misses({("a.weight", 1): 8, ("mix", 0): 1}, before, wanted) == 2
+
+
+def test_a_search_that_fails_builds_each_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BART's width is its output and stays, so that no configuration says the pruned heads: 17 builds told it."""
+    torch.manual_seed(0)
+    transformers = timm_models.transformers()
+    sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+    config = transformers.BartConfig(
+        **sizes, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50, max_position_embeddings=20, use_cache=False
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    ids = {"input_ids": torch.randint(3, 50, (2, 6)), "decoder_input_ids": torch.randint(3, 50, (2, 5))}
+    built: list[Any] = []
+    original = Search._built
+
+    def counted(self: Search, found: Any) -> Any:
+        built.append(dict(found))
+        return original(self, found)
+
+    monkeypatch.setattr(Search, "_built", counted)
+    result = P.prune(model, ids, ratio=0.5, verify=False)
+    note = next(n for n in result.report.notes if n.startswith("BartConfig stays as it was"))
+    assert "model.encoder.layers.0.self_attn.k_proj.weight: [16, 32]" in note
+    assert len(built) == len({str(sorted(b.items())) for b in built}) <= 7
+    assert result.model.generation_config is not model.generation_config  # a copy of the caller's own
+    assert result.model.generation_config.to_dict() == model.generation_config.to_dict()
+    assert model.config.d_model == 32 and model.config.encoder_ffn_dim == 64
