@@ -133,6 +133,31 @@ def test_a_transformer_block_with_embeddings_and_a_mask() -> None:
     assert sqnr_db(outputs(theirs, x), outputs(mine, x)) > 60
 
 
+@pytest.mark.parametrize("target", ["cuda", "tensorrt", "inductor-cpu"])
+def test_other_targets(target: str) -> None:
+    """Zero points that a target leaves out of the torch graph are stored in the file all the same."""
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 8)).eval(), [torch.randn(5, 12)]
+    mine, theirs = both(model, batches, target=target)
+    assert_same(mine, theirs)
+    assert not any(node.op_type == "ConstantOfShape" for node in mine.graph)
+
+
+def test_rows_looked_up_alike_in_every_run_are_constants() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places, self.head = nn.Embedding(40, 16), nn.Embedding(12, 16), nn.Linear(16, 5)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.words(ids) + self.places(torch.arange(ids.shape[1])))
+
+    torch.manual_seed(0)
+    mine, theirs = both(Net().eval(), [torch.randint(0, 40, (2, 6)) for _ in range(2)])
+    assert_same(mine, theirs)
+    assert sum(v.dtype == ir.DataType.INT8 and v.shape == (40, 16) for v in mine.graph.initializers.values()) == 1
+
+
 @pytest.mark.slow
 def test_resnet20_with_its_trained_weights() -> None:
     pixels, _ = cifar10(count=96)

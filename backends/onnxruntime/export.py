@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...graph.errors import BackendError
 from ...graph.ir import Graph
 from ...passes.quantize.opset import TYPES
-from .turn import narrow, turn_weights
+from .turn import narrow, store_zeros, turn_weights
 
 OPSET = 20
 """The exporter's own default, and read by every ONNX Runtime that foldline supports."""
@@ -90,6 +90,7 @@ def export(graph: Graph, opset: int = OPSET) -> tuple[ir.Model, list[str]]:
                     notes.append(f"axis {i} of input {mine.name} is fixed at {value.shape[i]}: {exc.found}")
     _rename(model, [v.name for v in graph.inputs], [v.name for v in graph.outputs])
     narrow(model)
+    store_zeros(model)
     turn_weights(model)
     strip(model)
     return model, notes

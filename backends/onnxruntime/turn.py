@@ -1,11 +1,14 @@
-"""What the exporter leaves around stored integers: casts to their own type, transposes behind their dequantization."""
+"""What the exporter leaves around stored integers: casts to their own type, zeros that are computed, transposes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 NARROW = frozenset((ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.UINT16))
+PAIR = ("QuantizeLinear", "DequantizeLinear")
 
 
 def narrow(model: ir.Model) -> int:
@@ -28,6 +31,30 @@ def narrow(model: ir.Model) -> int:
     for source, _ in made:
         if not source.uses() and not source.is_graph_output() and graph.initializers.get(source.name or "") is source:
             del graph.initializers[source.name or ""]
+    return gone
+
+
+def store_zeros(model: ir.Model) -> int:
+    """Store zero points that the exporter computes with ConstantOfShape; returns how many nodes went."""
+    graph, gone = model.graph, 0
+    taken = {*graph.initializers, *(v.name or "" for node in graph for v in node.outputs)}
+    for node in list(graph):
+        users = [u for v in node.outputs for u in v.uses()]
+        if (
+            node.op_type != "ConstantOfShape"
+            or not users
+            or any(u.node.op_type not in PAIR or u.idx != 2 for u in users)
+        ):
+            continue
+        sizes = node.inputs[0].const_value if node.inputs[0] is not None else None
+        if sizes is None or node.outputs[0].is_graph_output():
+            continue
+        zeros = np.zeros(tuple(sizes.numpy().tolist()), node.attributes["value"].as_tensor().dtype.numpy())
+        node.outputs[0].replace_all_uses_with(_constant(graph, node.outputs[0], zeros, taken, "stored"))
+        operands = list(node.inputs)
+        graph.remove(node, safe=True)
+        _unused(graph, operands)
+        gone += 1
     return gone
 
 
@@ -87,7 +114,7 @@ def _turned(graph: ir.Graph, dq: ir.Node, perm: tuple[int, ...], taken: set[str]
 
 def _constant(graph: ir.Graph, value: ir.Value, array: np.ndarray, taken: set[str], how: str) -> ir.Value:
     name = _free(taken, f"{value.name}_{how}")
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.array(array, order="C"), name=name)  # ascontiguousarray would give a scalar an axis
     made = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.initializers.add(made)
     return made
@@ -108,9 +135,15 @@ def _drop(graph: ir.Graph, value: ir.Value) -> None:
         return
     node = value.producer()
     assert node is not None
-    operands = [v for v in node.inputs if v is not None]
+    operands = list(node.inputs)
     graph.remove(node, safe=True)
+    _unused(graph, operands)
+
+
+def _unused(graph: ir.Graph, operands: Iterable[ir.Value | None]) -> None:
+    """Take constants away that nothing reads any more."""
     for operand in operands:
-        name = operand.name or ""
-        if not operand.uses() and not operand.is_graph_output() and graph.initializers.get(name) is operand:
-            del graph.initializers[name]
+        if operand is None or operand.uses() or operand.is_graph_output():
+            continue
+        if graph.initializers.get(operand.name or "") is operand:
+            del graph.initializers[operand.name or ""]
