@@ -58,13 +58,15 @@ def _from_product(value: Value) -> bool:
 
 
 def _into_product(value: Value) -> bool:
-    for _ in range(8):
-        users = [u for u, _ in value.uses if u.op != "shape_of"]
-        if any(u.op in ("matmul", "einsum") and u.inputs[0] is value for u in users):
-            return True
-        if len(users) != 1 or users[0].op not in FURTHER:
-            return False
-        value = users[0].output
+    """Whether the weights multiply something on the way on (a guard against NaN may stand in between)."""
+    stack, seen = [value], 0
+    while stack and seen < 24:
+        value, seen = stack.pop(), seen + 1
+        for user, position in value.uses:
+            if user.op in ("matmul", "einsum") and position == 0:
+                return True
+            if user.op in FURTHER:
+                stack += user.outputs
     return False
 
 
