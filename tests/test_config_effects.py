@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from foldline import passes as P
-from foldline.graph.fx.config_effects import Effects, misses, tables
+from foldline.graph.fx.config_effects import Effects, Misses, tables
 from foldline.graph.fx.config_search import Search
 from support import timm_models
 
@@ -45,11 +45,13 @@ def test_together_is_said_only_where_nothing_is_shared() -> None:
     )
 
 
-def test_misses_counts_what_is_not_as_wanted() -> None:
+def test_misses_count_what_is_not_as_wanted() -> None:
     before, wanted = _tables(16, 32, 4)[0], _tables(8, 32, 4)[0]
-    assert misses({}, before, wanted) == 2
-    assert misses({("a.weight", 1): 8, ("b.weight", 0): 8}, before, wanted) == 0
-    assert misses({("a.weight", 1): 8, ("mix", 0): 1}, before, wanted) == 2
+    misses = Misses(before, wanted)
+    assert misses.under({}) == 2
+    assert misses.under({("a.weight", 1): 8, ("b.weight", 0): 8}) == 0
+    assert misses.under({("a.weight", 1): 8, ("mix", 0): 1}) == 2
+    assert misses.under({("a.weight", 1): 9}) == 2
 
 
 def test_a_search_that_fails_builds_each_entry_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,17 @@ def _changes(now: Tables, before: Tables) -> Tables:
     return one, other
 
 
-def misses(changes: Table, before: Table, wanted: Table) -> int:
-    """How many of the wanted sizes a module with these changes would not have."""
-    return sum(changes.get(k, before.get(k)) != v for k, v in wanted.items())
+class Misses:
+    """How many of the wanted sizes a module with some changes would not have."""
+
+    def __init__(self, before: Table, wanted: Table) -> None:
+        self.before, self.wanted = before, wanted
+        self.at_first = sum(before.get(k) != v for k, v in wanted.items())
+
+    def under(self, changes: Table) -> int:
+        """The count with these sizes instead of those from before."""
+        found = self.at_first
+        for k, v in changes.items():
+            if k in self.wanted:
+                found += (v != self.wanted[k]) - (self.before.get(k) != self.wanted[k])
+        return found

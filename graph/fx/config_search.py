@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from .config_build import all_sizes, apart, built_from, entries_read, shapes_of
-from .config_effects import Effects, Table, Tables, misses, tables
+from .config_effects import Effects, Misses, Tables, tables
 from .config_entries import Entries, integer_entries, set_entry, shorter_lists
 from .patch import SizeChanges
 
@@ -46,6 +46,7 @@ class Search:
         self.sizes = all_sizes(m)
         self.known: dict[Found, nn.Module | None] = {}
         """What was built."""
+        self.counted: dict[int, int] = {}
         self.read: set[str] = set()
         """Names of the entries that the first build looked at."""
         self.lists = shorter_lists(self.config, dropped.values())
@@ -126,8 +127,7 @@ class Search:
         if self.effects is not None:
             one, other = (self._together(f)[1] for f in (tried, best))
             if one is not None and other is not None:
-                before, wanted = self.effects.before[1], dict(self.sizes)
-                return misses(one, before, wanted) < misses(other, before, wanted)  # type: ignore[arg-type]
+                return self.misses[1].under(one) < self.misses[1].under(other)
         return self._misfit(tried) < self._misfit(best)
 
     def _tensors(self, found: Entries) -> int:
@@ -135,7 +135,7 @@ class Search:
         if tuple(sorted(found.items())) not in self.known and self.effects is not None:
             changes = self._together(found)[0]
             if changes is not None:
-                return misses(changes, self.effects.before[0], self.wanted)
+                return self.misses[0].under(changes)
         built = self._build(found)
         return _NEVER[0] if built is None else self._apart(built)
 
@@ -145,8 +145,11 @@ class Search:
         return any(x is not None and y is not None and x != y for x, y in zip(one, other, strict=True))
 
     @cached_property
-    def wanted(self) -> Table:
-        return tables(self.shapes, {})[0]
+    def misses(self) -> tuple[Misses, Misses]:
+        """Of the axes of tensors and of the attributes; wanted are those of the twin."""
+        assert self.effects is not None
+        one, other = zip(self.effects.before, tables(self.shapes, self.sizes), strict=True)
+        return Misses(*one), Misses(*other)
 
     @cached_property
     def effects(self) -> Effects | None:
@@ -195,9 +198,11 @@ class Search:
 
     def _apart(self, built: nn.Module) -> int:
         """How many axes of tensors are not as wanted."""
-        have = shapes_of(built)
-        tensors = sum(apart(s, have.get(n)) for n, s in self.shapes.items())
-        return tensors + sum(len(s) + 1 for n, s in have.items() if n not in self.shapes)
+        if id(built) not in self.counted:
+            have = shapes_of(built)
+            tensors = sum([apart(s, have.get(n)) for n, s in self.shapes.items()])
+            self.counted[id(built)] = tensors + sum([len(s) + 1 for n, s in have.items() if n not in self.shapes])
+        return self.counted[id(built)]
 
     def _build(self, found: Entries) -> nn.Module | None:
         key = tuple(sorted(found.items()))
