@@ -155,3 +155,46 @@ def test_moments_leave_alone_what_they_would_not_improve() -> None:
     result = fl.Pipeline([cut, P.Recover(data="moments")]).run(model, (x,))
     assert torch.equal(result.model.b.weight, plain.model.b.weight)
     assert "would not fall" in result.report.explain("b.weight")
+
+
+class Grouped(nn.Module):
+    """Four channel groups after a norm, read by a strided convolution; in each group two channels copy the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.b, self.c = nn.Conv2d(16, 8, 3, stride=2, padding=1, groups=4), nn.Conv2d(8, 5, 1)
+        with torch.no_grad():
+            for of in (self.a.weight, self.a.bias):
+                of.unflatten(0, (4, 4))[:, 2:] = of.unflatten(0, (4, 4))[:, :2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(F.relu(self.norm(self.a(x)))))
+
+
+def test_moments_correct_grouped_convolutions_group_by_group() -> None:
+    torch.manual_seed(0)
+    model, x = Grouped(), torch.randn(16, 3, 12, 12)
+    model.norm.momentum = None
+    model.train()(x)
+    model.eval()
+    groups = fl.axis_groups(fl.load(model, (x,)))
+    inner = next(g for g in groups if g.can("select") and g.nested and g.size == 4)  # the same channels of all groups
+    options = {"criterion": lambda g, _: -np.arange(g.size, dtype=float), "atoms": "all"}
+    cut = P.Prune(ratio=0.5, ignore=[g.name for g in groups if g is not inner], **options)
+
+    def error(*passes: P.Pass) -> float:
+        small = fl.Pipeline([*passes]).run(model, (x,), verify=False).model
+        with torch.no_grad():
+            assert small.b.weight.shape == (8, 2, 3, 3)
+            return float((small(x) - model(x)).norm() / model(x).norm())
+
+    assert error(cut) > 0.1
+    assert error(cut, P.Recover(data="moments")) < 0.01
+    assert error(cut, P.Recover(data="moments", ridge=1e-9)) < 1e-4
+    # Whole groups go too, down to one: what is left of them is still told by the group it comes from.
+    for ratio, left in ((0.5, 2), (0.75, 1)):
+        pipe = fl.Pipeline([P.Prune(ratio=ratio, **options), P.Recover(data="moments")])
+        result = pipe.run(model, (x,), verify=False)
+        assert result.model.b.groups == left and result.model(x).shape == model(x).shape
+        assert "removed channels expressed" in result.report.explain("b.weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ def absorb(graph: Graph, reference: Reference, ridge: float, inputs: Mapping[str
     ones under the propagated covariances, per consumer of a cut axis.
 
     With covariances of the form (channels x positions) the regression is the same at every tap of a kernel, so no
-    patch matrices are needed: memory is C^2 per layer. Under a padded kernel the moments are taken about zero, so that
-    the map holds at the border too. The shift goes in only where batch norms saw the mean. The batch norm that
-    follows gets the variance that is left. Kept channels count as
+    patch matrices are needed: memory is C^2 per layer. Channel groups of a convolution are taken one by one. Under a
+    padded kernel the moments are taken about zero, so that the map holds at the border too. The shift goes in only
+    where batch norms saw the mean. The batch norm that follows gets the variance that is left. Kept channels count as
     those of the original: errors of earlier layers are not modelled (a model of them overstates them, and shrinks).
     A consumer whose expected error would not fall stays sliced. ``inputs``: :func:`input_moments` of the original,
     for callers that try many cuts of it.
@@ -70,61 +71,112 @@ def _consumer(graph: Graph, node: Node, twin: Node, x: Moments | None, kept: Kep
     if x is None or x.axis != axis:
         found.decisions.append(Decision(name, "left", "no moments are known for its input: weights are only sliced"))
         return
-    if op.groups > 1 or op.node.attrs.get("transposed"):
+    if op.node.attrs.get("transposed"):
         if op.matrix(op.weight.const()).shape[2] < theirs.matrix(theirs.weight.const()).shape[2]:  # type: ignore[arg-type]
-            found.decisions.append(Decision(name, "left", "grouped or transposed: its weight is only sliced"))
+            found.decisions.append(Decision(name, "left", "transposed: its weight is only sliced"))
         return
-    _merge(graph, op, theirs, x, stay, kept, ridge, found, name)
+    if len(stay) * theirs.groups < len(x.mean) * op.groups:  # else whole groups went, and no group lost an input
+        _merge(graph, op, theirs, x, stay, kept, ridge, found, name)
+
+
+@dataclass
+class _Part:
+    """One channel group of a consumer (the whole of it, if it has one group).
+
+    Attributes:
+        w: the original's weights of the rows that are kept, [O, C, taps].
+        stay, gone: kept and removed ones among these C input channels, counted in the group.
+        first: the original's number of the group's first channel.
+    """
+
+    w: Tensor
+    stay: Tensor
+    gone: Tensor
+    first: int
+
+    def of(self, moments: Tensor) -> Tensor:
+        """This group's part of a mean or a covariance."""
+        mine = slice(self.first, self.first + self.w.shape[1])
+        return moments[(mine,) * moments.dim()]
+
+
+def _parts(op: LinearOp, theirs: LinearOp, stay: np.ndarray, rows: np.ndarray | None, width: int) -> list[_Part]:
+    """The groups that are left, each beside the original's group it comes from; empty where one is made of several."""
+    data = theirs.weight.const()
+    assert data is not None
+    whole = theirs.matrix(data)
+    groups, outputs, columns = whole.shape
+    per = width // groups
+    kernels = whole.reshape(groups, outputs, per, columns // per)
+    rows = np.arange(groups * outputs) if rows is None else rows
+    found = []
+    for mine, channels in zip(np.split(rows, op.groups), np.split(stay, op.groups), strict=True):
+        origin = {*(mine // outputs).tolist(), *(channels // per).tolist()}
+        if len(origin) != 1:
+            return []
+        (g,) = origin
+        here = channels - g * per
+        gone = np.setdiff1d(np.arange(per), here)
+        w = kernels[g][torch.from_numpy(mine - g * outputs)]
+        found.append(_Part(w, torch.from_numpy(here), torch.from_numpy(gone), g * per))
+    return found
 
 
 def _merge(
     graph: Graph, op: LinearOp, theirs: LinearOp, x: Moments, stay: np.ndarray, kept: Kept, ridge: float,
     found: Walk, name: str,
 ) -> None:  # fmt: skip
-    data, whole = op.weight.const(), theirs.weight.const()
-    assert data is not None and whole is not None and op.weight.weight is not None
-    width = len(x.mean)
-    now, w = op.matrix(data)[0], theirs.matrix(whole)[0].reshape(-1, width, theirs.matrix(whole).shape[2] // width)
-    rows = kept.positions(theirs.node.output, op.channel_axis)
-    w = w if rows is None else w[torch.from_numpy(rows)]
-    s = torch.from_numpy(stay)
-    gone = torch.from_numpy(np.setdiff1d(np.arange(width), stay))
+    data = op.weight.const()
+    assert data is not None and op.weight.weight is not None
+    parts = _parts(op, theirs, stay, kept.positions(theirs.node.output, op.channel_axis), len(x.mean))
+    if not parts:
+        found.decisions.append(Decision(name, "left", "its channel groups were joined: its weight is only sliced"))
+        return
+    taps, removed = parts[0].w.shape[2], sum(len(p.gone) for p in parts)
     sink = shift_sink(op)
-    centred = sink is not None and w.shape[2] == 1
+    centred = sink is not None and taps == 1
     second = x.cov if centred else x.cov + x.mean[:, None] * x.mean
-    coefficients = regression(second, s, gone, ridge)
-    wr = w[:, gone]
-    before, after = _unexplained(w, second, s, gone, coefficients)
+    maps = [regression(p.of(second), p.stay, p.gone, ridge) for p in parts]
+    energies = [_energies(p, p.of(second), b) for p, b in zip(parts, maps, strict=True)]
+    total, before, after = (sum(column) for column in zip(*energies, strict=True))
+    before, after = before / (total or 1.0), after / (total or 1.0)
     if not after < before:
         found.decisions.append(Decision(name, "left", "its expected error would not fall: weights are only sliced"))
         return
-    matrix = now.reshape(len(w), len(s), -1) + torch.einsum("ort,rs->ost", wr, coefficients)
-    graph.set_weight(op.weight.weight, op.tensor(matrix.reshape(1, len(w), -1), data))
+    now = op.matrix(data)
+    merged = [
+        m.reshape(len(p.w), len(p.stay), -1) + torch.einsum("ort,rs->ost", p.w[:, p.gone], b)
+        for m, p, b in zip(now, parts, maps, strict=True)
+    ]
+    graph.set_weight(op.weight.weight, op.tensor(torch.stack(merged).reshape(now.shape), data))
     if x.measured and sink is not None and sink.value.weight is not None:
-        left = x.mean[gone] - coefficients @ x.mean[s]
-        inside = coverage(theirs, w.shape[2])
-        shift = torch.einsum("ort,r,t->o", wr, left, inside)
-        graph.set_weight(sink.value.weight, sink.shifted(shift.numpy()))
-    _variance(graph, op, w, wr, x.cov, s, gone, coefficients)
+        inside = coverage(theirs, taps)
+        shifts = []
+        for p, b in zip(parts, maps, strict=True):
+            mean = p.of(x.mean)
+            shifts.append(torch.einsum("ort,r,t->o", p.w[:, p.gone], mean[p.gone] - b @ mean[p.stay], inside))
+        graph.set_weight(sink.value.weight, sink.shifted(torch.cat(shifts).numpy()))
+    _variance(graph, op, parts, x.cov, maps)
     found.errors[name] = (before, after)
-    reason = f"{len(gone)} removed channels expressed by kept ones: expected error {before:.3g} -> {after:.3g}"
+    reason = f"{removed} removed channels expressed by kept ones: expected error {before:.3g} -> {after:.3g}"
     found.decisions.append(Decision(name, "corrected", reason, {"before": before, "after": after, "ridge": ridge}))
 
 
-def _variance(
-    graph: Graph, op: LinearOp, w: Tensor, wr: Tensor, cov: Tensor, s: Tensor, gone: Tensor, b: Tensor
-) -> None:
+def _variance(graph: Graph, op: LinearOp, parts: list[_Part], cov: Tensor, maps: list[Tensor]) -> None:
     """Give the batch norm that reads the operator the variance that the merged weights leave."""
     readers = followers(op.node)
     norm = readers[0] if readers and readers[0].op == "batch_norm" else None
-    if norm is None or norm.attrs.get("training") or not own_vector(norm.input(4), len(w)):
+    if norm is None or norm.attrs.get("training") or not own_vector(norm.input(4), sum(len(p.w) for p in parts)):
         return
     var = norm.inputs[4]
     assert var is not None and var.weight is not None
-    lost = torch.einsum("oct,cd,odt->o", wr, _rest(cov, s, gone, b), wr)
-    share = (lost / torch.einsum("oct,cd,odt->o", w, cov, w).clamp_min(1e-30)).clamp(0, MOST)
+    shares = []
+    for p, b in zip(parts, maps, strict=True):
+        wr, mine = p.w[:, p.gone], p.of(cov)
+        lost = torch.einsum("oct,cd,odt->o", wr, _rest(mine, p.stay, p.gone, b), wr)
+        shares.append((lost / torch.einsum("oct,cd,odt->o", p.w, mine, p.w).clamp_min(1e-30)).clamp(0, MOST))
     old, eps = var.weight.numpy(), norm.attrs["eps"]
-    new = (old.astype(np.float64) + eps) * (1 - share.numpy()) - eps
+    new = (old.astype(np.float64) + eps) * (1 - torch.cat(shares).numpy()) - eps
     graph.set_weight(var.weight, np.maximum(new, 1e-12).astype(old.dtype))
 
 
@@ -142,15 +194,15 @@ def regression(second: Tensor, stay: Tensor, gone: Tensor, ridge: float) -> Tens
     return torch.linalg.solve(inner + ridge * d * eye, second[stay][:, gone]).T
 
 
-def _unexplained(w: Tensor, second: Tensor, s: Tensor, gone: Tensor, b: Tensor) -> tuple[float, float]:
-    """Share of the outputs' variance that is lost by slicing and after merging, positions taken as independent."""
+def _energies(part: _Part, second: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """Energy of the outputs, and what of it is lost by slicing and after merging, positions taken as independent."""
 
     def energy(v: Tensor, m: Tensor) -> float:
         return float(torch.einsum("oct,cd,odt->", v, m, v))
 
-    total = energy(w, second) or 1.0
-    before = energy(w[:, gone], second[gone][:, gone])
-    return before / total, max(energy(w[:, gone], _rest(second, s, gone, b)), 0.0) / total
+    wr, gone = part.w[:, part.gone], part.gone
+    before = energy(wr, second[gone][:, gone])
+    return energy(part.w, second), before, max(energy(wr, _rest(second, part.stay, gone, b)), 0.0)
 
 
 def coverage(op: LinearOp, taps: int) -> Tensor:
