@@ -100,12 +100,14 @@ class Verdict:
 
     name: str
     trt_errors: int = 0
+    trt_wrong: int = 0
     trt: EngineReport | None = None
     trt_predicted: dict[str, str] = field(default_factory=dict)
     ort_predicted: int = 0
     ort_found: int | str = 0
     ort_errors: int = 0
     fixed: str = ""
+    fixed_agrees: bool = True
 
     def trt_nodes(self) -> tuple[int, int]:
         """Products on whose precision both agree, of all that the engine has."""
@@ -116,6 +118,10 @@ class Verdict:
 
     @property
     def agrees(self) -> bool:
+        """The file itself, and what fl.fix made of it."""
+        return self.fixed_agrees and self._agrees()
+
+    def _agrees(self) -> bool:
         right = self.ort_predicted == self.ort_found if isinstance(self.ort_found, int) else self.ort_errors > 0
         if self.trt is None:
             return right
@@ -133,6 +139,7 @@ class Verdict:
                 narrow = sum(self.trt.precision(n) not in (None, "float") for n in self.trt_predicted)
                 precise = f"{same} of {of} ({narrow} in 8 bits)"
         said = f"{self.trt_errors} errors" if self.trt_errors else "takes it"
+        said += f", {self.trt_wrong} silently wrong" if self.trt_wrong else ""
         kernels = f"{self.ort_predicted} / {self.ort_found}"
         agree = "yes" if self.agrees else "NO"
         return f"| {self.name} | {said} | {trt} | {precise} | {kernels} | {self.fixed} | {agree} |"
@@ -171,6 +178,7 @@ def judge(path: Path, name: str) -> Verdict:
     found = Verdict(name)
     said = check(path, "tensorrt")
     found.trt_errors = sum(d.consequence == "error" for d in said)
+    found.trt_wrong = sum(d.consequence == "silently wrong" for d in said)
     products = list(file.of(*PRODUCTS))
     found.trt_predicted = {name_of(n): state(file, n).precision for n in products}
     fusions = [fusion(file, n) for n in products]
@@ -242,10 +250,11 @@ def repaired(found: list[tuple[str, Path]], verdicts: list[Verdict], folder: Pat
         left = sorted({d.rule for d in report.after if d.consequence in ("error", "silently wrong")})
         quality = min(report.sqnr_db.values(), default=float("nan"))
         verdict.fixed = f"{', '.join(left) or 'clean'}, {quality:.1f} dB"
-        made.append((verdict, target))
+        made.append((verdict, target, any(d.consequence == "error" for d in report.after)))
     if library() is None:
         return
-    for (verdict, _), report in zip(made, build([path for _, path in made]), strict=True):
+    for (verdict, _, errors), report in zip(made, build([path for _, path, _ in made]), strict=True):
+        verdict.fixed_agrees = errors != report.built
         counts = ", ".join(f"{n} {kind}" for kind, n in report.counts().items())
         verdict.fixed += f"; {counts}" if report.built else "; refused"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from foldline.backends import Diagnostic, get, names
@@ -22,6 +23,7 @@ from foldline.passes.quantize.numerics import sqnr_db
 from support.data import accuracy, cifar10, trained_resnet
 from support.toys import toy
 from test_quantize import block, exported
+from torch import nn
 
 CPU = get("onnxruntime-cpu")
 
@@ -317,6 +319,24 @@ def test_resnet20_in_int8_is_accurate_and_fused() -> None:
 
 
 # ---- exports that need care ------------------------------------------------------------------------------------------
+def test_float_weights_of_transposed_convolutions_stay_float(tmp_path) -> None:
+    """ONNX Runtime would quantize this weight, whose channels differ a thousandfold, with one scale."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        net[1].weight.mul_(torch.logspace(-3, 0.5, 8)[None, :, None, None])
+    x = torch.randn(2, 3, 12, 12)
+    graph = load_torch(net, x)
+    Quantize(target="onnxruntime-cpu").apply(graph, Context(calibration=[x], backends=get))
+    expected = np.asarray(graph.run({graph.inputs[0].name: x.numpy()})[0][0])
+    for path in (None, tmp_path / "m.onnx"):
+        artifact = CPU.lower(graph, x, path=path)
+        assert sqnr_db(expected, artifact.run(x)[0]) > 60
+        assert {op for _, op in artifact.profile().float_matrix} == {"ConvTranspose"}
+    plain = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    assert sqnr_db(expected, plain.run(None, {plain.get_inputs()[0].name: x.numpy()})[0]) < 50
+
+
 def test_output_names_that_inner_values_have_too_stay_the_graphs() -> None:
     model, inputs = toy("pixel_shuffle")
     graph = load_torch(model, inputs)

@@ -6,10 +6,12 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
+import foldline as fl
 import numpy as np
 import onnx
 import pytest
 import torch
+from foldline import passes as P
 from foldline.backends import get
 from foldline.graph.errors import ConfigError, ConstraintError
 from foldline.graph.fx import load_torch
@@ -244,6 +246,13 @@ def test_weights_alone_in_blocks_need_no_calibration_and_raise_the_opset() -> No
     blocks = w.reshape(2, 64, 8)
     scale = np.abs(blocks).max(1, keepdims=True) / 7
     np.testing.assert_allclose(y, x @ (np.rint(blocks / scale) * scale).reshape(128, 8), rtol=1e-4, atol=1e-4)
+    # By name, in a pipeline, neither: K = 128 gets blocks of 64, since one block alone is not fused.
+    result = fl.Pipeline([P.Quantize(target="tensorrt-int4")]).run(model, verify=False)
+    node = next(n for n in result.model.graph if n.op_type == "DequantizeLinear")
+    assert node.attributes["block_size"].as_int() == 64
+    for options in ({"rounding": "gptq"}, {"target": "tensorrt"}):
+        with pytest.raises(ConfigError, match="needs calibration data"):
+            fl.Pipeline([P.Quantize(**{"target": "tensorrt-int4", **options})]).run(model, verify=False)
 
 
 @pytest.mark.parametrize("front", ["fx", "onnx"])

@@ -38,6 +38,18 @@ def test_names_and_specs() -> None:
         fl.check(good(), "tensorrt", vnni=True)
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-fp8"])
+def test_what_has_no_integer_kernel_is_not_quantized(target: str) -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(16, 16, 2, 2)
+    ).eval()
+    x = torch.randn(1, 16, 8, 8)
+    result = P.quantize(exported(net, x), target=target, calibration=[x])
+    assert fl.check(result.model, target) == []
+    said = {d.action: d.reason for d in result.report.passes[-1].decisions}
+    assert "transposed" in said["kept in float"] and "quantized" in said
+
+
 @pytest.mark.parametrize("front", ["fx", "onnx"])
 def test_quantized_graphs_become_legal_files(front: str, tmp_path: Path) -> None:
     net, batches = block()

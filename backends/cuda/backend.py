@@ -46,8 +46,13 @@ def as_fx(graph: Graph) -> FXGraph:
         example = tuple(torch.from_numpy(a) for a in synthesize_inputs(graph).values())
         return load_torch(module, example)
     except FoldlineError as exc:
+        first: BaseException = exc
+        while first.__cause__ is not None and isinstance(first.__cause__, FoldlineError):
+            first = first.__cause__
+        cause = first if isinstance(first, FoldlineError) else exc
         raise BackendError(
-            "this ONNX graph has no torch form", node=exc.node, value=exc.value, found=f"{exc.message}: {exc.found}",
+            "this ONNX graph has no torch form", node=cause.node, value=cause.value,
+            found=f"{cause.message}: {cause.found}",
             hint="lower it for onnxruntime-cuda or tensorrt, or quantize the PyTorch model itself",
         ) from exc  # fmt: skip
 

@@ -140,7 +140,10 @@ def _weight(file: OnnxFile, node: ir.Node) -> Pair | None:
 
 def _operands(file: OnnxFile, node: ir.Node, x: Pair | None, w: Pair | None) -> Fusion | None:
     if node.op_type == "ConvTranspose":
-        return Fusion(False, "transposed", "ConvTranspose has no integer kernel", x, w)
+        # With a float weight it is where it should be, unless ONNX Runtime quantizes that on its own.
+        alone = w is None and (not file.is_static(node.inputs[1]) or tail(file, node).pair is None)
+        which = "ONNX Runtime quantizes its weight itself, per tensor, and" if w is None else "ConvTranspose"
+        return Fusion(False, "" if alone else "transposed", f"{which} has no integer kernel for it", x, w)
     if x is None:
         own = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
         if own and w is not None and stored(file, w) and w.dtype in ("int8", "uint8", "int4", "uint4"):

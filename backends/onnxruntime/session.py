@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from ...graph.errors import BackendError
 from ...graph.onnx import native, stream
+from .kept import OPTIMIZER, quantized_behind_our_back
 
 PREFERENCE = {
     "cpu": ("CPUExecutionProvider",),
@@ -140,6 +141,8 @@ def open_session(
     chosen = provider_choices(provider_names, provider_options, model.parent if isinstance(model, Path) else None)
     try:
         skipped = list(SLOWER_ON_CPU) if chosen[0][0] == "CPUExecutionProvider" else []
+        if skipped and quantized_behind_our_back(ir.load(model) if isinstance(model, Path) else model):
+            skipped.append(OPTIMIZER)
         return ort.InferenceSession(source, options, providers=chosen, disabled_optimizers=skipped)
     except Exception as exc:  # onnxruntime raises classes of its own that share only this base
         raise refused(exc) from exc

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from ...graph.errors import ConfigError, ConstraintError
 from ...graph.ir import Graph
@@ -80,9 +80,16 @@ class Quantize(Pass):
     spec: BackendSpec | None = None
     """A spec to use instead of the target's own."""
 
+    _by_weights: bool = PrivateAttr(default=False)
+
+    def requirement(self) -> Needs:
+        """Weights alone, rounded to the nearest, need no data (known once the target's spec is)."""
+        return Needs.NOTHING if self._by_weights else self.needs
+
     def prepare(self, ctx: Context) -> None:
         """The target has a spec; the methods and their options exist."""
-        self.backend_spec(ctx)
+        spec = self.backend_spec(ctx)
+        self._by_weights = not spec.quantizes_activations and not self._again()
         self._estimator()
         self._bits()
         if self.rounding not in METHODS:
@@ -197,11 +204,15 @@ class Quantize(Pass):
 
     def _data(self, ctx: Context, placement: Placement) -> Iterable[Any]:
         """The batches: a list where they are read more than once, nothing where nothing reads them."""
-        again = self.rounding != "nearest" or self.bits is not None or self.sqnr is not None
+        again = self._again()
         if not placement.points and not again:
             return []
         batches: Iterable[Any] = self.batches(ctx)
         return list(batches) if again and not isinstance(batches, list) else batches
+
+    def _again(self) -> bool:
+        """Whether something reads the data beside the ranges of activations."""
+        return self.rounding != "nearest" or self.bits is not None or self.sqnr is not None
 
     def _estimator(self) -> RangeEstimator:
         options = {"percentile": self.percentile} if self.ranges == "percentile" else {}

@@ -144,6 +144,9 @@ def _convolutions() -> Iterator[Row]:
     up = X + MW + " c = ConvTranspose<strides=[2,2]>(xd, wd)\n" + OUT
     big = {"head": CONV.replace("8,8] y", "16,16] y"), "w": integers(16, 16, 2, 2)}
     yield "transposed", "transposed-conv", 0, up, big
+    kept, tall = X + " c = ConvTranspose<strides=[2,2]>(xd, wf)\n", {**big, "wf": integers(16, 16, 2, 2) * F(0.01)}
+    yield "transposed, float weight, Q behind", "transposed-conv", 0, kept + OUT, {**tall, "wrong": True}
+    yield "transposed, float weight", "", 0, kept + " y = Sin(c)\n", tall
     both = base + " z = Sin(xd)\n"
     yield "int8, read twice", "activation-type", 0, both, {**more, "zx": I8(0), "z2": I8(3)}
     yield "uint8, read twice", "", 1, both, dict(more)

@@ -96,6 +96,11 @@ class BackendSpec:
     def zero_points(self) -> str:
         return self.export.zero_points
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether any rule asks for quantized operands; else weights alone are stored as integers."""
+        return any(rule.role in ("anchor", "join", "residual") for rules in self.ops.values() for rule in rules)
+
     def alternatives(self, op: str) -> tuple[OpPlacement, ...]:
         """The rules of an op, in the order in which they are tried."""
         own = self.ops.get(op, ())
