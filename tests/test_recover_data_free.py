@@ -118,6 +118,36 @@ def two_hidden() -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), x
 
 
+class Letters(nn.Module):
+    """A vocabulary of 30, as models of characters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell, self.up, self.down = (
+            nn.Embedding(30, 24),
+            nn.LSTM(24, 32, batch_first=True),
+            nn.Linear(32, 64),
+            nn.Linear(64, 5),
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(self.cell(self.table(ids))[0])))
+
+
+def test_small_vocabularies_are_drawn_from_too() -> None:
+    torch.manual_seed(1)
+    model, ids, unseen = Letters().eval(), torch.randint(0, 30, (2, 9)), torch.randint(0, 30, (32, 9))
+    made = synthetic_inputs(fl.load(model, (ids,)), 64, examples=(ids,))
+    assert len(np.unique(np.concatenate([b["ids"] for b in made]), axis=0)) > 60
+    cut = P.Prune(ratio=0.5)
+    errors = []
+    for passes in ([cut], [cut, P.Recover(data="synthetic")]):
+        small = fl.Pipeline(passes).run(model, (ids,), verify=False).model
+        with torch.no_grad():
+            errors.append(float((small(unseen) - model(unseen)).norm() / model(unseen).norm()))
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_allocation_after_repair_cuts_where_channels_stand_in_for_each_other() -> None:
     model, x = two_hidden()
     names = ("a.weight", "c.weight")

@@ -13,7 +13,8 @@ TRAINED = 0.5
 """Rows of an embedding table shorter than this share of the median row count as never trained (reserved ids)."""
 OFFSET = 20.0
 """The k-th id is drawn with probability 1 / (k + OFFSET): Zipf's law with Mandelbrot's correction."""
-
+VOCABULARY = 64
+"""Rows below which a table beside a larger one holds no words; the largest may be as small (letters, notes, bases)."""
 KEPT = 0.5
 """Share of the examples' words that stay in their places: the company that words keep is not made up."""
 
@@ -84,9 +85,11 @@ def made_up_tokens(
         return None
     rows = np.arange(count) % sizes.pop()
     made = {n: a[rows] if a.ndim else a for n, a in examples.items()}
+    most = max(len(table) for table in tables.values())
     for k, (name, table) in enumerate(sorted(tables.items())):
         given = examples[name]
-        if len(table) < 64 or np.unique(given).size < 3 or bool((np.diff(given, axis=1) == 1).all()):
+        side = len(table) < VOCABULARY and len(table) < most
+        if side or np.unique(given).size < 3 or bool((np.diff(given, axis=1) == 1).all()):
             continue  # token types or positions: as the examples have them
         chance = probabilities(table)
         rng = np.random.default_rng([seed, k])
