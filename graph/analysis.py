@@ -208,11 +208,17 @@ class Resize:
     analysis: Analysis
     selection: Selection
 
+    def __post_init__(self) -> None:
+        self._sizes: dict[int, tuple[Space, int]] = {}  # many values share their spaces: each is kept, so its id is its
+
     def size(self, v: Value, axis: int) -> int:
-        return size_after(self.analysis.of(v)[axis], self.selection)
+        return self.size_of(self.analysis.of(v)[axis])
 
     def size_of(self, e: Space) -> int:
-        return size_after(e, self.selection)
+        known = self._sizes.get(id(e))
+        if known is None:
+            known = self._sizes[id(e)] = e, size_after(e, self.selection)
+        return known[1]
 
     def kept(self, v: Value, axis: int) -> np.ndarray:
         return kept_positions(self.analysis.of(v)[axis], self.selection)
@@ -222,7 +228,7 @@ class Resize:
         return any(a in self.selection for a in atoms(self.analysis.of(v)[axis]))
 
     def shape(self, v: Value) -> list[int]:
-        return [self.size(v, i) for i in range(len(self.analysis.of(v)))]
+        return [self.size_of(e) for e in self.analysis.of(v)]
 
     def memo(self, node: Node) -> dict[str, Any]:
         return self.analysis.memo.get(node, {})

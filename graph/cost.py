@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class Cost:
         return asdict(self)
 
 
+@cache
 def itemsize_bits(dtype: str) -> int:
     """Bits of one stored element of a dtype named numpy-style; sub-byte types count packed."""
     if dtype in BITS:
@@ -86,7 +88,7 @@ def roles(weight: Weight) -> set[tuple[str, int]]:
 
 def is_parameter(weight: Weight) -> bool:
     """Whether a weight counts as a parameter: floating, not a buffer, and not a statistic, scale or size by role."""
-    found = {(op, i) for op, i in roles(weight) if op not in SIZE_OPS}
+    found = {role for role in roles(weight) if role[0] not in SIZE_OPS}
     if found and found <= {("dequantize", 0)}:
         return weight.kind != "buffer" or not weight.dtype.startswith(FLOATING)
     if weight.kind != "parameter" or not weight.dtype.startswith(FLOATING):
@@ -118,8 +120,8 @@ def _fed(graph: Graph) -> set[int]:
         if node.op == "shape_of":
             continue
         operands: list[Value | None] = [*node.inputs, *node.captured]
-        if any(v is not None and id(v) in fed for v in operands):
-            fed.update(id(v) for v in node.outputs)
+        if any([id(v) in fed for v in operands if v is not None]):
+            fed.update([id(v) for v in node.outputs])
     return fed
 
 
@@ -148,9 +150,9 @@ def cost(graph: Graph, batch: int | None = None) -> Cost:
         else:
             item.macs = work
         total.nodes.append(item)
-    total.parameters = sum(n.parameters for n in total.nodes)
-    total.bytes = sum(n.bytes for n in total.nodes)
-    total.macs = sum(n.macs for n in total.nodes)
+    total.parameters = sum([n.parameters for n in total.nodes])
+    total.bytes = sum([n.bytes for n in total.nodes])
+    total.macs = sum([n.macs for n in total.nodes])
     # Weights that no node reads (an unused layer, a weight that is itself an output) are stored all the same.
     for weight in graph.weights.values():
         if id(weight) not in counted and not is_size(weight):
@@ -166,4 +168,4 @@ def _charge(item: NodeCost, weight: Weight) -> None:
 
 
 def _depends(node: Node, fed: set[int]) -> bool:
-    return any(v is not None and id(v) in fed for v in node.inputs)
+    return any([id(v) in fed for v in node.inputs if v is not None])

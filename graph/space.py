@@ -20,6 +20,8 @@ Mark: TypeAlias = tuple[str, str]  # (reason, node name)
 
 FROZEN = ("select", "permute", "scale")  # the actions; a mark of such a kind forbids it
 _ids = count()
+_bound = [0]
+"""How many atoms were bound so far."""
 
 
 class Atom:
@@ -54,10 +56,11 @@ class Leaf:
 class Sum:
     """Ordered concatenation of at least two spaces, none of them a Sum or empty."""
 
-    __slots__ = ("size", "terms")
+    __slots__ = ("epoch", "size", "terms")
 
     def __init__(self, terms: tuple[Space, ...]) -> None:
         self.terms = terms
+        self.epoch = -1
         self.size: int = sum(t.size for t in terms)
 
     def __repr__(self) -> str:
@@ -67,10 +70,11 @@ class Sum:
 class Prod:
     """Row-major product of spaces, none of them a Prod or of size 1; the empty product is the unit (size 1)."""
 
-    __slots__ = ("factors", "size")
+    __slots__ = ("epoch", "factors", "size")
 
     def __init__(self, factors: tuple[Space, ...]) -> None:
         self.factors = factors
+        self.epoch = -1
         self.size: int = prod(f.size for f in factors)
 
     def __repr__(self) -> str:
@@ -117,9 +121,14 @@ def norm(e: Space) -> Space:
         from .refine import permute  # reading a permuted atom that was cut meanwhile may have to cut it further
 
         return permute(bound, e.perm)
+    epoch = _bound[0]
+    if e.epoch == epoch:
+        return e
     parts = e.terms if isinstance(e, Sum) else e.factors
     new = [norm(p) for p in parts]
-    if all(a is b for a, b in zip(parts, new, strict=True)):
+    if all([a is b for a, b in zip(parts, new, strict=True)]):
+        if _bound[0] == epoch:
+            e.epoch = epoch  # nothing to replace until another atom is bound
         return e
     return make_sum(new) if isinstance(e, Sum) else make_prod(new)
 
@@ -162,4 +171,5 @@ def _inherit(a: Atom, e: Space) -> None:
 def bind(a: Atom, e: Space) -> None:
     """Refine atom ``a`` into ``e``; its marks move to the atoms of ``e``."""
     a.binding = e
+    _bound[0] += 1
     _inherit(a, e)

@@ -67,9 +67,9 @@ def test_a_search_that_fails_builds_each_entry_alone(monkeypatch: pytest.MonkeyP
     built: list[Any] = []
     original = Search._built
 
-    def counted(self: Search, found: Any) -> Any:
+    def counted(self: Search, config: Any, found: Any) -> Any:
         built.append(dict(found))
-        return original(self, found)
+        return original(self, config, found)
 
     monkeypatch.setattr(Search, "_built", counted)
     result = P.prune(model, ids, ratio=0.5, verify=False)

@@ -25,6 +25,8 @@ Found: TypeAlias = tuple[tuple[str, int | None], ...]
 
 _MAX_BUILDS = 96
 _NEVER: Misfit = (1 << 30, 1 << 30)
+_BY_NAME = ("__class__", "__validators__")
+"""What is read of a configuration on the way to one entry."""
 
 
 class Search:
@@ -43,7 +45,6 @@ class Search:
         self.config = m.config
         self.entries = integer_entries(self.config)
         self.shapes = shapes_of(m)
-        self.sizes = all_sizes(m)
         self.known: dict[Found, nn.Module | None] = {}
         """What was built."""
         self.counted: dict[int, int] = {}
@@ -145,6 +146,11 @@ class Search:
         return any(x is not None and y is not None and x != y for x, y in zip(one, other, strict=True))
 
     @cached_property
+    def sizes(self) -> dict[tuple[str, str], Any]:
+        """The integer attributes of the twin's modules; what fits at the first guess needs none of them."""
+        return all_sizes(self.module)
+
+    @cached_property
     def misses(self) -> tuple[Misses, Misses]:
         """Of the axes of tensors and of the attributes; wanted are those of the twin."""
         assert self.effects is not None
@@ -207,8 +213,9 @@ class Search:
     def _build(self, found: Entries) -> nn.Module | None:
         key = tuple(sorted(found.items()))
         if key not in self.known:
+            config = copy.deepcopy(self.config)
             with entries_read(self.config) if not self.known else nullcontext(self.read) as read:
-                self.known[key] = self._built(found)
+                self.known[key] = self._built(config, found)
             self.read |= read
         return self.known[key]
 
@@ -216,8 +223,11 @@ class Search:
         """Whether a build looks at an entry of this name at all."""
         return entry.rpartition(".")[2] in self.read
 
-    def _built(self, found: Entries) -> nn.Module | None:
-        config = copy.deepcopy(self.config)
+    def _read_as_a_whole(self) -> bool:
+        """Whether a build saw entries otherwise than by their names: all of them at once, as a dict or as a copy."""
+        return any(name.startswith("__") and name not in _BY_NAME for name in self.read)
+
+    def _built(self, config: Any, found: Entries) -> nn.Module | None:
         try:
             for name, value in found.items():
                 set_entry(config, name, value)

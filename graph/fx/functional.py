@@ -42,13 +42,16 @@ _MAY_RETURN_INPUT = {
 
 def by_identity(function: Callable[[Any], Found]) -> Callable[[Any], Found]:
     """Like functools.cache for operators, whose own hash is Python code: each is kept, so that its id stays its own."""
-    table: dict[int, tuple[Found, Any]] = {}
+    table: dict[int, Found] = {}
+    kept: list[Any] = []
 
     def look_up(target: Any) -> Found:
-        known = table.get(id(target))
-        if known is None:
-            known = table[id(target)] = function(target), target
-        return known[0]
+        try:
+            return table[id(target)]
+        except KeyError:
+            kept.append(target)
+            found = table[id(target)] = function(target)
+            return found
 
     return look_up
 

@@ -140,7 +140,7 @@ class _Fit(Search):
             _BUILT[self.module] = self.known, self.read
             return None
         found = {e: v for e, v in guess.items() if self._is_read(e)}
-        if found != guess and self._signature(found) != self._signature(guess):
+        if found != guess and self._read_as_a_whole() and self._signature(found) != self._signature(guess):
             return None
         held = [self.entries[e] for e in found]
         for entry in [e for e in found if held.count(self.entries[e]) > 1]:  # which of them says the size now?
@@ -169,11 +169,13 @@ class _Fit(Search):
         for entry, value in self.entries.items():
             if value is not None and value in evidence:
                 alike.setdefault(value, []).append(entry)
-        called = {name for _, name in self.sizes}
         found: Entries = {}
         for value, entries in alike.items():
-            own = [e for e in entries if e.rpartition(".")[2] in called]
-            found |= dict.fromkeys(own if len(entries) > 1 and own else entries, evidence[value][0])
+            own: list[str] = []
+            if len(entries) > 1:
+                called = {name for _, name in self.sizes}
+                own = [e for e in entries if e.rpartition(".")[2] in called]
+            found |= dict.fromkeys(own or entries, evidence[value][0])
         return found
 
     def _uneven(self) -> str:

@@ -34,12 +34,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @by_identity
-def _signature(target: Any) -> tuple[Any, str, tuple[Any, ...], dict[str, int]]:
-    """(schema, overload, arguments, position by name) of a call's target; torch builds these anew at every access."""
+def _signature(target: Any) -> tuple[Any, str, tuple[Any, ...], dict[str, int], tuple[bool, ...]]:
+    """(schema, overload, arguments, position by name, which have a default other than None) of a call's target.
+
+    torch builds these anew at every access.
+    """
     if not isinstance(target, torch._ops.OpOverload):
-        return None, "", (), {}
+        return None, "", (), {}, ()
     name, arguments = target._overloadname, tuple(target._schema.arguments)
-    return target._schema, "" if name == "default" else name, arguments, {a.name: i for i, a in enumerate(arguments)}
+    telling = tuple(a.has_default_value() and a.default_value is not None for a in arguments)
+    positions = {a.name: i for i, a in enumerate(arguments)}
+    return target._schema, "" if name == "default" else name, arguments, positions, telling
 
 
 class Call:
@@ -47,7 +52,7 @@ class Call:
 
     def __init__(self, node: fx.Node) -> None:
         self.node = node
-        self.schema, self.overload, self.arguments, self._position = _signature(node.target)
+        self.schema, self.overload, self.arguments, self._position, self._telling = _signature(node.target)
 
     def has(self, name: str) -> bool:
         return name in self._position
@@ -55,18 +60,18 @@ class Call:
     def get(self, name: str | int, default: Any = None) -> Any:
         """The argument, or its schema default."""
         args = self.node.args
-        if isinstance(name, int):
-            return args[name] if name < len(args) else default
-        i = self._position.get(name)
+        i = self._position.get(name)  # type: ignore[arg-type]
         if i is None:
-            return default
-        kwargs = self.node.kwargs
-        if name in kwargs:
-            return kwargs[name]
+            return args[name] if isinstance(name, int) and name < len(args) else default
         if i < len(args):
             return args[i]
+        kwargs = self.node.kwargs
+        if name in kwargs:
+            return kwargs[name]  # type: ignore[index]
         argument = self.arguments[i]
-        return argument.default_value if argument.has_default_value() else default
+        if self._telling[i]:
+            return argument.default_value
+        return None if argument.has_default_value() else default
 
     def put(self, name: str | int, value: Any) -> None:
         """Write an argument; gaps before it are filled with the schema's defaults."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from threading import get_ident
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,15 +18,15 @@ from torch._ops import _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch, unse
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
+from .frames import user_frame
 from .functional import by_identity, make_functional
 from .known_values import NotKnown, data_of, reads
 from .shortcuts import shortcut
 from .tensors import storage_key
-from .trace import Capture, copied_with, module_tensors
+from .trace import Capture, copied_with, tensors_held
 from .walk import modules_of
 
 aten = torch.ops.aten
-_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 NODE = "_foldline_node"
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 PRE_DISPATCH_SET = torch._C.DispatchKeySet(_PRE_DISPATCH)
@@ -122,7 +119,8 @@ class Tape(SchemaCheckMode):
     def _stand_in(self, module: nn.Module) -> nn.Module:
         """What is called: a copy of the module on meta tensors."""
         names: dict[int, tuple[str, str]] = {}
-        for path, m in modules_of(module):
+        modules = modules_of(module)
+        for path, m in modules:
             prefix = f"{path}." if path else ""
             for n, parameter in m._parameters.items():
                 names.setdefault(id(parameter), (prefix + n, "parameter"))
@@ -131,13 +129,13 @@ class Tape(SchemaCheckMode):
                     names[id(buffer)] = prefix + n, "buffer"
         replace: dict[int, torch.Tensor] = {}
         same: dict[tuple[Any, ...], torch.Tensor] = {}
-        for key, t in module_tensors(module).items():
+        for key, t in tensors_held([m for _, m in modules]).items():
             where = (*storage_key(t), t.dtype) if t.numel() else (key,)
             meta = same.get(where)
-            if meta is None or isinstance(t, nn.Parameter) != isinstance(meta, nn.Parameter):
+            parameter = isinstance(t, nn.Parameter)
+            if meta is None or parameter != isinstance(meta, nn.Parameter):
                 meta = t.detach() if t.is_meta else meta_like(t)
-                meta = nn.Parameter(meta, requires_grad=False) if isinstance(t, nn.Parameter) else meta
-                same[where] = meta
+                same[where] = meta = nn.Parameter(meta, requires_grad=False) if parameter else meta
                 name, kind = names.get(key, (f"constant_{len(self.weights)}", "constant"))
                 self.weights[id(meta)] = (name, kind, t)
             replace[key] = meta
@@ -148,11 +146,28 @@ class Tape(SchemaCheckMode):
         self.keep = list(same.values())  # ids stay unique while the tensors live
         for name, m in modules_of(twin):
             m.training = False
-            if name:
+            if not name:
+                continue
+            if _calls_forward_only(m):
+                m.__dict__["_compiled_call_impl"] = self._called(m, (name, type(m).__name__))
+            else:
                 # the twin's own dicts: torch's registration counts through all handles ever made
                 m._forward_pre_hooks[-1] = self._enter(name, type(m).__name__)
                 m._forward_hooks[-1] = self._leave
         return twin
+
+    def _called(self, module: nn.Module, where: tuple[str, str]) -> Any:
+        """What a module without hooks is called by, instead of hooks that torch would look for in a dozen places."""
+        path, forward = self.path, module._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            path.append(where)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                path.pop()
+
+        return call
 
     def _enter(self, name: str, kind: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -298,7 +313,7 @@ class Tape(SchemaCheckMode):
         return item
 
     def _origin(self) -> dict[str, Any]:
-        return {"nn_module_stack": self._stack(), "line": _user_frame()}
+        return {"nn_module_stack": self._stack(), "line": user_frame()}
 
     def _stack(self) -> dict[str, tuple[str, str]]:
         name, kind = self.path[-1]
@@ -353,20 +368,15 @@ def _described(out: Any) -> Any:
     return type(out)(_described(x) for x in out) if isinstance(out, (list, tuple)) else out
 
 
-def _user_frame() -> tuple[str, int, str] | None:
-    """(file, line, function) of the innermost frame outside torch and this package."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith((_TORCH_DIR, _HERE)):
-            return name, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back
-    return None
+def _calls_forward_only(m: nn.Module) -> bool:
+    """Whether calling this module means calling its forward: no hooks, nothing compiled."""
+    held = m.__dict__
+    hooked = held["_forward_pre_hooks"] or held["_forward_hooks"] or held["_backward_hooks"]
+    return not hooked and not held.get("_backward_pre_hooks") and m._compiled_call_impl is None
 
 
 _MET: dict[Any, None] = {}
 """Operators that earlier recordings met."""
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 @contextmanager

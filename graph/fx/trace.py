@@ -6,7 +6,7 @@ import copy
 import os
 import traceback
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import FunctionType
@@ -76,6 +76,7 @@ _ATOMS = frozenset(
     (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size, FunctionType)
 )
 _DICTS = frozenset((dict, OrderedDict))
+_TABLES = frozenset(("_parameters", "_buffers"))
 
 
 def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> None:
@@ -94,13 +95,23 @@ def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> No
 
 def module_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor a module tree holds (parameters, buffers, plain attributes), by id."""
+    return tensors_held([m for _, m in modules_of(model)])
+
+
+def tensors_held(modules: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
+    """Every tensor these modules hold, those of their submodules left out, by id."""
     found: dict[int, torch.Tensor] = {}
-    for _, module in modules_of(model):
+    for module in modules:
         for name, item in module.__dict__.items():
             kind = type(item)
             if kind in _ATOMS or (kind in _DICTS and not item) or name == "_modules":
                 continue  # nearly all there is: hooks, flags, and the submodules that come up themselves
-            _tensors_in(item, found, 1)
+            if name in _TABLES:
+                for t in item.values():
+                    if t is not None:
+                        found[id(t)] = t
+            else:
+                _tensors_in(item, found, 1)
     return found
 
 
@@ -129,7 +140,10 @@ def _copy(item: Any, memo: dict[int, Any]) -> Any:
             return made
         memo[id(item)] = made
         for k, v in item.items():
-            made[k if type(k) is str else _copy(k, memo)] = v if type(v) in _ATOMS else _copy(v, memo)
+            if type(v) not in _ATOMS:
+                known = memo.get(id(v))
+                v = _copy(v, memo) if known is None else known
+            made[k if type(k) is str else _copy(k, memo)] = v
         return made
     if kind in (tuple, set) and all(type(v) in _ATOMS for v in item):
         return item if kind is tuple else set(item)

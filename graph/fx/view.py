@@ -96,17 +96,21 @@ class FXView(Graph):
     def _adopt_weights(self, pure: Pure | Recorded | Cut) -> None:
         """One get_attr node per storage; aliases are every state-dict name of that storage."""
         names: dict[tuple[Any, ...], list[str]] = {}
+        keys: dict[int, tuple[Any, ...]] = {}
         for name, tensor in self.state_tensors():
-            names.setdefault(storage_key(tensor), []).append(name)
+            key = keys[id(tensor)] = storage_key(tensor)
+            names.setdefault(key, []).append(name)
         for name, (tensor, _) in pure.tensors.items():
-            found = names.setdefault(storage_key(tensor), [])
+            if id(tensor) not in keys:
+                keys[id(tensor)] = storage_key(tensor)
+            found = names.setdefault(keys[id(tensor)], [])
             if name not in found:
                 found.append(name)
         canonical: dict[tuple[Any, ...], fx.Node] = {}
         self.submodules = dict(pure.submodules)
         for node in [n for n in self.fx.nodes if n.op == "get_attr" and str(n.target) in pure.tensors]:
             tensor, kind = pure.tensors[str(node.target)]
-            key = storage_key(tensor)
+            key = keys[id(tensor)]
             if key in canonical and tensor.numel():
                 node.replace_all_uses_with(canonical[key])
                 self.fx.erase_node(node)
