@@ -15,7 +15,7 @@ from foldline.backends import get, names
 from foldline.backends.tensorrt import engine as engines
 from foldline.backends.tensorrt.engine import EngineOptions, Layer, build, library
 from foldline.backends.tensorrt.script import trtexec
-from foldline.graph.errors import BackendError, ConfigError
+from foldline.graph.errors import BackendError, ConfigError, ConstraintError
 from foldline.passes.quantize.numerics import sqnr_db
 from support.data import cifar10, trained_resnet
 from support.trt_cases import CONV, CONV_IN, U8, W, conv_constants, mm_constants, model, qd
@@ -48,6 +48,19 @@ def test_what_has_no_integer_kernel_is_not_quantized(target: str) -> None:
     assert fl.check(result.model, target) == []
     said = {d.action: d.reason for d in result.report.passes[-1].decisions}
     assert "transposed" in said["kept in float"] and "quantized" in said
+
+
+def test_an_obstacle_is_told_before_a_spec_s_general_words() -> None:
+    class Computed(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(x, w)
+
+    x, w = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)
+    for target in ("onnxruntime-cpu", "tensorrt", "inductor-cpu", "cuda"):
+        with pytest.raises(ConstraintError) as caught:
+            P.quantize(Computed(), (x, w), target=target, calibration=[(x, w)])
+        words = "no integer convolution" if target == "cuda" else "its weight is computed, not stored"
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("front", ["fx", "onnx"])

@@ -77,7 +77,7 @@ class Solver:
             if not reason and rule.role != "float":
                 return
             if rule.role not in ("carry", "join", "residual") or worth:
-                reasons.append((_weight_of(rule, reason), reason or rule.reason))
+                reasons.append((_weight_of(rule, reason, node), reason or rule.reason))
         self._report(node, rules, reasons)
 
     def _declined(self, node: Node, rule: OpPlacement) -> str:
@@ -318,10 +318,12 @@ class Solver:
         self.plan.decisions.append(Decision(node.name, "kept in float", reason, {"op": node.op, "scope": node.scope}))
 
 
-def _weight_of(rule: OpPlacement, reason: str) -> int:
-    """Which of several reasons says most: a spec's own words, a request, an obstacle of a layer, the rest."""
+def _weight_of(rule: OpPlacement, reason: str, node: Node) -> int:
+    """Which reason says most: a request, an obstacle where the conditions hold, a spec's own words, the rest."""
     if rule.role == "float":
         return 3
     if reason == ASK:
-        return 4
-    return 2 if rule.role in ("anchor", "weight_only", "table") else 1
+        return 5
+    if rule.role not in ("anchor", "weight_only", "table"):
+        return 1
+    return 2 if rule.unmet(node) else 4
