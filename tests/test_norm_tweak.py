@@ -56,7 +56,7 @@ def test_only_norms_move_and_their_loss_falls(kind: str, front: str) -> None:
     graph = weights_as_integers(before, 2)
     old = {n: w.numpy().tobytes() for n, w in graph.weights.items()}
     raw = loss(before, graph, [ids()])
-    outcome = NormTweak(calibration=[ids()]).apply(graph, Context(unquantized=before))
+    outcome = NormTweak(calibration=[ids()], strength=1.0).apply(graph, Context(unquantized=before))
     after = loss(before, graph, [ids()])
     gains = {v.weight.name for n in found for v in (n.gain, n.bias) if v is not None and v.weight is not None}
     moved = {n for n, w in graph.weights.items() if w.numpy().tobytes() != old[n]}
@@ -72,7 +72,7 @@ def test_sixteen_bit_weights_move_nothing() -> None:
     before = net("layer")
     graph = weights_as_integers(before, 16)
     old = {n: w.numpy().copy() for n, w in graph.weights.items()}
-    NormTweak(calibration=[ids()]).apply(graph, Context(unquantized=before))
+    NormTweak(calibration=[ids()], strength=1.0).apply(graph, Context(unquantized=before))
     for name, data in old.items():
         assert np.abs(graph.weights[name].numpy().astype(np.float64) - data).max() < 2e-5 * max(np.abs(data).max(), 1)
     y, z = (run_graph(g, g.bind(ids()))[0][0] for g in (before, graph))
@@ -101,7 +101,7 @@ def test_text_that_the_model_writes_is_the_models_own() -> None:
     np.testing.assert_array_equal(logits[:, 0].argmax(-1), made[0][name][:, 1])  # early tokens are the likeliest
     graph = weights_as_integers(before, 2)
     raw = loss(before, graph, [ids()])
-    NormTweak(data="generated", samples=16).apply(graph, Context(unquantized=before, example_inputs=ids()))
+    NormTweak(data="generated", samples=16, strength=1.0).apply(graph, Context(unquantized=before, example_inputs=ids()))
     assert sum(loss(before, graph, [ids()])) < sum(raw)
 
 

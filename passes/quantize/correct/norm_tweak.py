@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from ....graph.errors import ConstraintError
+from ....graph.execute import batches_of, run_graph
 from ....graph.ir import Graph, Node, Value
 from ...base import Context, Contract, Decision, Needs, Outcome, Pass
 from .norms import Norm, norms
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 MOST = 2.0
 """Largest factor by which a gain moves, either way."""
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+"""Shares of the way that ``strength="auto"`` compares."""
+CHECKED = 8
+"""Batches on which it compares them."""
 SAME = 1e-6
 """Norms whose output differs by less (relative to its largest element) are left as they are."""
 
@@ -33,6 +39,11 @@ class NormTweak(Pass):
     its bytes, no operator is added. At 16 bits or more nothing moves by more than rounding. Source: "Norm
     Tweaking: High-performance Low-bit Quantization of Large Language Models" (its gradient steps replaced by the
     closed form).
+
+    Matching every channel is not the aim itself: at 2 bits a norm's variance is in good part rounding noise, and what
+    matches it harms the outputs. The source keeps to tiny steps; ``strength="auto"`` goes the share of the way, out of
+    a few and nothing, after which the outputs (taken as logits) have the least KL divergence from the float model's on
+    the same data.
 
     ``data="generated"``: calibration text that the float model writes itself (a causal language model: token ids in,
     logits [N, T, V] out), from a first token drawn over the vocabulary, the next ones by the model's own
@@ -57,8 +68,8 @@ class NormTweak(Pass):
     """Sequences written for data="generated"."""
     length: int | None = Field(default=None, ge=2)
     """Their length in tokens; that of the example inputs when absent."""
-    strength: float = Field(default=1.0, gt=0, le=1)
-    """Share of the way towards the closed form that each norm goes."""
+    strength: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Share of the way towards the closed form that each norm goes; "auto": the one that serves the outputs best."""
     reference: Any = Field(default=None, exclude=True, repr=False)
     """The float model (anything fl.load takes, or a graph), where P.Quantize ran elsewhere."""
 
@@ -66,8 +77,6 @@ class NormTweak(Pass):
         return Needs.CALIBRATION if self.data == "calibration" else Needs.NOTHING
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
-        from .walk import PairWalk
-
         reference = float_reference(ctx, self.reference, self.name)
         twins = {norm.node.name: norm.node for norm in norms(reference)}
         found = {n.node.name: n for n in norms(graph) if n.node.name in twins}
@@ -85,13 +94,57 @@ class NormTweak(Pass):
             batches: Any = generated_text(reference, self.samples, self.length, ctx.example_inputs, ctx.seed)
         else:
             batches = self.batches(ctx)
-        walk = PairWalk(graph, reference, batches)
-        pairs = [(norm.node, twins[name]) for name, norm in found.items()]
-        decisions = [
-            _tweak(walk, found[node.name], twin, self.strength) for node, twin in walk.visit(pairs, ctx.progress)
-        ]
+        strength, tried = self.strength, {}
+        if strength == "auto":
+            batches = list(batches)
+            strength, tried = _best_share(graph, reference, batches, ctx)
+        decisions = tweaked(graph, reference, batches, strength, ctx) if strength else []
+        if not strength:
+            decisions = [
+                Decision(name, "left", "every tweak moves the outputs away from the float ones") for name in found
+            ]
         moved = [d for d in decisions if d.action == "tweaked"]
-        return Outcome(decisions=decisions, details={"tweaked": len(moved), "left": len(decisions) - len(moved)})
+        details: dict[str, Any] = {"tweaked": len(moved), "left": len(decisions) - len(moved), "strength": strength}
+        return Outcome(decisions=decisions, details=details | ({"divergences": tried} if tried else {}))
+
+
+def tweaked(graph: Graph, reference: Graph, batches: Any, strength: float, ctx: Context) -> list[Decision]:
+    """Tweak every norm that both graphs have, in order of execution."""
+    from .walk import PairWalk
+
+    walk = PairWalk(graph, reference, batches)
+    twins = {norm.node.name: norm.node for norm in norms(reference)}
+    found = {n.node.name: n for n in norms(graph) if n.node.name in twins}
+    pairs = [(norm.node, twins[name]) for name, norm in found.items()]
+    return [_tweak(walk, found[node.name], twin, strength) for node, twin in walk.visit(pairs, ctx.progress)]
+
+
+def _best_share(graph: Graph, reference: Graph, batches: list[Any], ctx: Context) -> tuple[float, dict[float, float]]:
+    """The share after which the outputs are nearest to the float ones (the least among equals), and what was found."""
+    inputs = list(islice(batches_of(reference, batches), CHECKED))
+    wanted = [run_graph(reference, one)[0] for one in inputs]
+    found: dict[float, float] = {}
+    for share in SHARES:
+        trial = graph.clone() if share else graph
+        if share:
+            tweaked(trial, reference, batches, share, ctx)
+        made = [run_graph(trial, one)[0] for one in inputs]
+        found[share] = sum(
+            output_divergence(a, b) for xs, ys in zip(wanted, made, strict=True) for a, b in zip(xs, ys, strict=True)
+        )
+    return min(found, key=lambda share: (found[share], share)), found
+
+
+def output_divergence(wanted: np.ndarray, made: np.ndarray) -> float:
+    """Mean KL divergence of the softmax over the last axis, in nats; relative squared error where it is short."""
+    if wanted.dtype.kind != "f":
+        return 0.0
+    a, b = wanted.astype(np.float64), made.astype(np.float64)
+    if a.ndim < 2 or a.shape[-1] < 2:
+        return float(np.square(a - b).sum() / max(np.square(a).sum(), 1e-30))
+    logs = [x - x.max(-1, keepdims=True) for x in (a, b)]
+    logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs]
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean())
 
 
 def channel_loss(mu_f: np.ndarray, var_f: np.ndarray, mu_q: np.ndarray, var_q: np.ndarray) -> np.ndarray:

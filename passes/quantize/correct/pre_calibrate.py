@@ -19,6 +19,8 @@ FINE = 16
 """Bins per step of the nearest-rounding grid, on which distributions are compared."""
 STRENGTHS = (0.0, *(4.0**-k for k in range(8, 0, -1)))
 """Strengths tried by "auto"."""
+BENT = 0.005
+"""How much further from one the quantized weights' multiple of the weights may be than without shrinkage."""
 STORED = ("int2", "int4", "int8", "int16")
 
 
@@ -27,10 +29,13 @@ class PreCalibrate(Pass):
 
     Small weights go to zero, large ones barely move, and the range narrows; l = strength * (largest |w| of the scale)^2
     for each scale. ``strength="auto"`` takes, per layer, the one with the least KL divergence of the quantized from the
-    float distribution, 0 (nothing changes, bit for bit) among the candidates: it never rises, up to ties. A quantized
-    weight's density is each level's mass spread evenly over its cell, on bins of 1/16 step. Source of the shrinkage:
-    "Rethinking Post-Training Quantization: Introducing a Statistical Pre-Calibration Approach" (there it
-    also tells outliers, which are stored apart, from the core: that is ``split_dense_sparse``'s part here).
+    float distribution, 0 (nothing changes, bit for bit) among the candidates: it never rises, up to ties. Left out are
+    those under which the quantized weights err more, or are a worse multiple of the weights, than without: a
+    distribution says nothing about which weight became which, and at 2 bits its divergence alone picks shrinkages
+    that ruin a language model. A quantized weight's density is each level's mass spread evenly over its cell, on bins
+    of 1/16 step. Source of the shrinkage: "Rethinking Post-Training Quantization: Introducing a Statistical
+    Pre-Calibration Approach" (there it also tells outliers, which are stored apart, from the core: that is
+    ``split_dense_sparse``'s part here).
 
     Raises:
         ConstraintError: no layer stores a float weight.
@@ -70,10 +75,14 @@ class PreCalibrate(Pass):
         before = after = divergence(layer, w, w, form)
         best = 0.0 if self.strength == "auto" else float(self.strength)
         if self.strength == "auto":
+            most, off = rounding_error(layer, w, w, form)
             for strength in STRENGTHS[1:]:
-                trial = divergence(layer, w, shrunk(w, strength * peaks**2), form)
+                changed = shrunk(w, strength * peaks**2)
+                trial = divergence(layer, w, changed, form)
                 if trial < after:
-                    best, after = strength, trial
+                    error, bent = rounding_error(layer, w, changed, form)
+                    if error <= most and bent <= off + BENT:
+                        best, after = strength, trial
         elif best:
             after = divergence(layer, w, shrunk(w, best * peaks**2), form)
         data = {"layer": layer.scope, "strength": best, "kl_before": before, "kl_after": after}
@@ -116,6 +125,13 @@ def divergence(layer: Layer, w: np.ndarray, changed: np.ndarray, form: TensorFor
     q = _spread(low.ravel(), high.ravel(), 2 * edges) + 1e-12
     p, q = p / p.sum(), q / q.sum()
     return float((q * np.log(q / p)).sum())
+
+
+def rounding_error(layer: Layer, w: np.ndarray, changed: np.ndarray, form: TensorFormat) -> tuple[float, float]:
+    """What the quantized ``changed`` has as ``w``: squared error, and how far its part along ``w`` is from ``w``."""
+    made = _params_of(layer, changed, form).apply(changed).astype(np.float64)
+    power = max(float(np.square(w, dtype=np.float64).sum()), 1e-30)
+    return float(np.square(made - w).sum()), abs(float((made * w).sum()) / power - 1)
 
 
 def _params_of(layer: Layer, data: np.ndarray, form: TensorFormat) -> QuantParams:
