@@ -173,7 +173,7 @@ class Prune(Pass):
                 f"{self._criterion_name()} finds nothing to judge any group by",
                 node="criterion",
                 found=f"{len(chosen)} groups that could be cut, such as {chosen[0].name}",
-                hint="take another criterion: l2 judges every group",
+                hint="take another criterion: l2 judges every group that has floating (or QDQ) weights",
             )
         details: dict[str, Any] = {}
         chooser = Chooser(self, groups, scores, evidence, ctx, decisions, details, len(chosen) - len(scores))
