@@ -13,6 +13,7 @@ import pytest
 import torch
 from foldline import passes as P
 from foldline.backends import get
+from foldline.backends.onnxruntime.backend import onnx_model
 from foldline.passes.quantize.numerics import sqnr_db
 from support.frontends import load
 from torch import nn
@@ -97,3 +98,30 @@ def test_pairs_of_avx2_products_cannot_saturate(tmp_path: Path) -> None:
                 worst = max(worst, 255 * int(pairs.max()))
         reach[target] = worst
     assert 0 < reach["onnxruntime-cpu-avx2"] < 2**15 <= reach["onnxruntime-cpu"]
+
+
+@pytest.mark.parametrize("front", ["fx", "onnx"])
+def test_weights_in_blocks_become_one_kernel_whatever_the_rank(front: str, tmp_path: Path) -> None:
+    """Behind two axes a linear layer is a Gemm, of which ONNX Runtime itself makes no MatMulNBits."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 96), nn.Linear(96, 32, bias=False)
+            self.head = nn.Linear(32, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.second(torch.relu(self.first(x))).mean(1))
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 64)
+    graph = load(Net().eval(), (x,), front)
+    graph = P.quantize(graph, target="onnxruntime-cuda").graph
+    model, _ = onnx_model(graph)
+    assert not any(node.op_type == "Gemm" for node in model.graph)
+    fl.save(model, tmp_path / "m.onnx")
+    assert fl.check(tmp_path / "m.onnx", "onnxruntime-cuda") == []
+    assert Counter(n.op_type for n in optimized(tmp_path / "m.onnx", arm=False).graph.node)["MatMulNBits"] == 3
+    expected = np.asarray(graph.run({graph.inputs[0].name: x.numpy()})[0][0])
+    session = ort.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    assert sqnr_db(expected, session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]) > 30

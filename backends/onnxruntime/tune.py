@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from ...graph.ir import Value
 from ...passes.quantize.reference.kernels import Grid, Quantized, ends_at_0_and_1, hard_sigmoid_terms
+from .blocks import block_product
 from .lookup import DOMAIN, block_lookup
 
 
@@ -21,6 +22,7 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
       the runtime moves no Q/DQ across it, so that it would run in float.
     - A HardSigmoid between a DQ and a Q that ends at 0 and 1 becomes an addition, which has an integer kernel.
     - A look-up in a table dequantized in blocks becomes GatherBlockQuantized.
+    - A Gemm whose weight is dequantized in blocks becomes MatMul and Add, of which MatMulNBits is made.
     - In a quantized model an addition of two activations that a LayerNormalization reads is written as Sum, the same to
       the bit: the runtime would make both into SkipLayerNormalization, whose kernel is slower on the CPU.
 
@@ -39,6 +41,8 @@ def tune(model: ir.Model, values: Mapping[str, Value] | None = None) -> int:
             done += _integer_pad(node)
         elif node.op_type == "HardSigmoid":
             done += _saturating_sum(node)
+        elif node.op_type == "Gemm":
+            done += block_product(node)
         elif node.op_type == "Gather" and block_lookup(node):
             model.graph.opset_imports[DOMAIN] = 1
             done += 1

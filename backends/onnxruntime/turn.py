@@ -88,6 +88,13 @@ def turn_weights(model: ir.Model) -> int:
     return gone
 
 
+def turned(dq: ir.Node) -> ir.Value:
+    """The dequantized matrix the other way round, by a DequantizeLinear of its own on transposed constants."""
+    graph = dq.graph
+    assert graph is not None
+    return _turned(graph, dq, (1, 0), {*graph.initializers, *(v.name or "" for node in graph for v in node.outputs)})  # type: ignore[arg-type]
+
+
 def _turned(graph: ir.Graph, dq: ir.Node, perm: tuple[int, ...], taken: set[str]) -> ir.Value:
     old = dq.outputs[0]
     axis = dq.attributes["axis"].as_int() if "axis" in dq.attributes else 1
