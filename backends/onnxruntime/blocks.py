@@ -11,9 +11,9 @@ def block_product(node: ir.Node) -> bool:
     """Rewrite one Gemm in place if its weight comes in blocks; the numbers are the same to the bias's rounding."""
     weight, graph = node.inputs[1], node.graph
     dq = None if weight is None else weight.producer()
-    if dq is None or graph is None or dq.op_type != "DequantizeLinear" or not dq.attributes.get_int("block_size", 0):
+    if dq is None or graph is None or dq.op_type != "DequantizeLinear" or "block_size" not in dq.attributes:
         return False
-    if dq.inputs[0] is None or dq.inputs[0].const_value is None or node.attributes.get_int("transA", 0):
+    if dq.inputs[0] is None or dq.inputs[0].const_value is None or node.attributes.get_int("transA", 0) != 0:
         return False
     if any(node.attributes.get_float(key, 1.0) != 1.0 for key in ("alpha", "beta")):
         return False

@@ -88,8 +88,8 @@ def _bound(editor: Editor, pair: Pair) -> bool:
     if stored(editor.file, pair) and quantizer(editor.file, pair.data) is None:
         return False
     value = pair.data
-    while value is not None and (node := value.producer()) is not None and is_op(node, *MOVES):
-        value = node.inputs[0]
+    while value is not None and (maker := value.producer()) is not None and is_op(maker, *MOVES):
+        value = maker.inputs[0]
     first = quantizer(editor.file, value)
     return first is None or _bound(editor, first)
 

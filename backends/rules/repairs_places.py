@@ -200,8 +200,9 @@ def dequantize_first(editor: Editor, names: set[str]) -> None:
         axis = None if dq.per_tensor else _axis_before(editor, mover, dq)
         if axis == -1:
             continue
-        along = {} if axis is None else {"axis": axis}
-        first = editor.add(DQ, [mover.inputs[0], *dq.node.inputs[1:]], f"{dq.name}_first", before=mover, **along)
+        first = editor.add(DQ, [mover.inputs[0], *dq.node.inputs[1:]], f"{dq.name}_first", before=mover)
+        if axis is not None:
+            first.attributes["axis"] = ir.AttrInt64("axis", axis)
         moved = editor.add(mover.op_type, [first.outputs[0], *mover.inputs[1:]], f"{name_of(mover)}_float", after=mover)
         for key, attr in mover.attributes.items():
             moved.attributes[key] = attr
