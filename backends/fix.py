@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,29 @@ STEPS = 60
 """A repair may uncover the next thing to repair; more steps than this would be a circle."""
 
 
+@dataclass(frozen=True)
+class FixStep:
+    """One repair.
+
+    Attributes:
+        repair: its name, as the tables of rules have it.
+        places: actions taken.
+        before, after: number of diagnostics.
+        sqnr_db: per output, after all repairs so far against the input file; empty where that was not measured.
+    """
+
+    repair: str
+    places: int
+    before: int
+    after: int
+    sqnr_db: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        worst = f", {min(self.sqnr_db.values()):.1f} dB" if self.sqnr_db else ""
+        places = "1 place" if self.places == 1 else f"{self.places} places"
+        return f"{self.repair} ({places}): diagnostics {self.before} -> {self.after}{worst}"
+
+
 @dataclass
 class FixReport:
     """What was done, and what is left.
@@ -27,6 +50,7 @@ class FixReport:
     Attributes:
         actions: (rule that fired or "", node, what was done), in order.
         before, after: diagnostics of the input and of the result.
+        steps: what each repair did to the diagnostics and to the numbers.
         sqnr_db: per output, of the result against the input file, both computed as written (no fusion) on the same
             inputs; inf where they are equal. Empty where the input file does not run.
         note: why ``sqnr_db`` is empty.
@@ -35,6 +59,7 @@ class FixReport:
     actions: list[tuple[str, str, str]] = field(default_factory=list)
     before: list[Diagnostic] = field(default_factory=list)
     after: list[Diagnostic] = field(default_factory=list)
+    steps: list[FixStep] = field(default_factory=list)
     sqnr_db: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
@@ -44,12 +69,14 @@ class FixReport:
             "actions": [list(a) for a in self.actions],
             "before": [d.to_dict() for d in self.before],
             "after": [d.to_dict() for d in self.after],
+            "steps": [asdict(step) for step in self.steps],
             "sqnr_db": self.sqnr_db,
             "note": self.note,
         }
 
     def __str__(self) -> str:
         lines = [f"{what}: {node}" for _, node, what in self.actions] or ["nothing to do"]
+        lines += [str(step) for step in self.steps]
         lines += [f"SQNR of {name}: {value:.1f} dB" for name, value in self.sqnr_db.items()]
         return "\n".join([*lines, *([self.note] if self.note else []), *(f"left: {d}" for d in self.after)])
 
@@ -132,6 +159,7 @@ def fix(
     found = check(model, target, **options)
     report = FixReport(before=found)
     original = read(model)
+    meter = _Meter(original, example_inputs) if compare else None
     editor = Editor(original.clone())
     repair_of = rules_of(target)
     repairs = {name: repair for name, repair in _repairs().items() if only is None or name in only}
@@ -147,10 +175,13 @@ def fix(
         repairs[step](editor, {d.node for d in chosen})
         editor.clean()
         report.actions += [(chosen[0].rule, node, what) for what, node in editor.done[before:]]
-        found = _checked(editor, target, step, options)
+        told, found = len(found), _checked(editor, target, step, options)
+        if len(editor.done) > before:
+            measured = {} if meter is None else meter.against(editor.model)[0]
+            report.steps.append(FixStep(step, len(editor.done) - before, told, len(found), measured))
     report.after = found
-    if compare:
-        report.sqnr_db, report.note = _difference(original, editor.model, example_inputs)
+    if meter is not None:
+        report.sqnr_db, report.note = meter.against(editor.model)
     return Fixed(_same_kind(editor.model, model), report)
 
 
@@ -185,21 +216,35 @@ def _same_kind(result: Any, given: Any) -> Any:
     return ir.serde.serialize_model(result) if proto else result
 
 
-def _difference(original: Any, fixed: Any, example_inputs: Any) -> tuple[dict[str, float], str]:
-    """SQNR per output, both models as written in ONNX Runtime without its rewrites."""
-    from ..graph.execute import synthesize_inputs
-    from ..graph.load import load
-    from ..passes.quantize.numerics import sqnr_db
-    from .onnxruntime.plain import run_plain
+class _Meter:
+    """SQNR per output against the input file, both as written in ONNX Runtime without its rewrites."""
 
-    try:
-        graph = load(original)
-        feeds = synthesize_inputs(graph) if example_inputs is None else graph.bind(example_inputs)
-        first, second = run_plain(original, feeds), run_plain(fixed, feeds)
-    except FoldlineError as exc:
-        return {}, f"not compared: {exc.message}"
-    found = {}
-    for (name, a), (_, b) in zip(first.items(), second.items(), strict=True):
-        equal = a.shape == b.shape and bool(np.array_equal(a, b))
-        found[name] = float("inf") if equal else sqnr_db(a.astype(np.float64), b.astype(np.float64))
-    return found, ""
+    def __init__(self, original: Any, example_inputs: Any) -> None:
+        from ..graph.execute import synthesize_inputs
+        from ..graph.load import load
+        from .onnxruntime.plain import run_plain
+
+        self.note = ""
+        try:
+            graph = load(original)
+            self.feeds = synthesize_inputs(graph) if example_inputs is None else graph.bind(example_inputs)
+            self.first = run_plain(original, self.feeds)
+        except FoldlineError as exc:
+            self.note = f"not compared: {exc.message}"
+
+    def against(self, fixed: Any) -> tuple[dict[str, float], str]:
+        """The numbers, or none and why."""
+        from ..passes.quantize.numerics import sqnr_db
+        from .onnxruntime.plain import run_plain
+
+        if self.note:
+            return {}, self.note
+        try:
+            second = run_plain(fixed, self.feeds)
+        except FoldlineError as exc:
+            return {}, f"not compared: {exc.message}"
+        found = {}
+        for (name, a), (_, b) in zip(self.first.items(), second.items(), strict=True):
+            equal = a.shape == b.shape and bool(np.array_equal(a, b))
+            found[name] = float("inf") if equal else sqnr_db(a.astype(np.float64), b.astype(np.float64))
+        return found, ""

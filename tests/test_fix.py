@@ -52,6 +52,23 @@ def _fixed(case: ort_cases.Case | trt_cases.Case, target: str, options: dict) ->
         assert value > floor
 
 
+def test_each_repair_tells_its_numbers() -> None:
+    """Two faults in one file: a bias of int32, uint8 activations."""
+    case = next(c for c in TRT if c.name == "int32 bias")
+    made = onnx.ModelProto.FromString(case.model.SerializeToString())
+    zero = next(t for t in made.graph.initializer if t.name == "zx")
+    zero.CopyFrom(onnx.numpy_helper.from_array(U8(100), "zx"))
+    _, report = fix(made, "tensorrt")
+    assert [step.repair for step in report.steps] == ["float_bias", "int8"]
+    first, last = report.steps
+    assert first.sqnr_db == {"y": float("inf")} and 15 < last.sqnr_db["y"] < 60 and last.sqnr_db == report.sqnr_db
+    assert (first.before, last.after) == (len(report.before), 0) and first.after == last.before > 0
+    assert sum(step.places for step in report.steps) == len(report.actions)
+    assert "float_bias (1 place)" in str(report) and report.to_dict()["steps"][1]["repair"] == "int8"
+    _, silent = fix(made, "tensorrt", compare=False)
+    assert [step.sqnr_db for step in silent.steps] == [{}, {}]
+
+
 def test_all_repairs_are_some_rules_and_the_other_way_round() -> None:
     used = set(rules_of("tensorrt").values()) | set(rules_of("onnxruntime-cpu").values())
     assert used == set(_repairs())
