@@ -80,7 +80,15 @@ def test_an_ignore_pattern_that_matches_nothing(case: Case) -> None:
 
 def test_nothing_left_to_prune(case: Case) -> None:
     case.refuse("nothing was pruned", ratio=0.5, round_to=4096)
-    case.refuse("nothing was pruned", ratio=0.5, ignore=["*"])
+    error = case.refuse("nothing was pruned", ratio=0.5, ignore=["*"])
+    assert "ignored by '*'" in str(error.found)
+
+
+@pytest.mark.parametrize("goal", [{"ratio": 0.5}, {"target": fl.macs(0.5)}])
+def test_a_model_without_anything_to_cut_says_why(goal: dict[str, Any]) -> None:
+    with pytest.raises(ConstraintError, match="no axis group can be cut") as caught:
+        P.prune(nn.LSTM(6, 16).eval(), torch.randn(5, 2, 6), **goal)
+    assert "graph output" in str(caught.value.found)
 
 
 def test_a_group_that_would_vanish(case: Case) -> None:

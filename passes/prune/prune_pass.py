@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -159,6 +160,12 @@ class Prune(Pass):
         groups = axis_groups(graph)
         decisions: list[Decision] = []
         chosen = candidates(groups, self.ignore, self.atoms, decisions, self.ignore_types)
+        if not chosen:
+            raise ConstraintError(
+                "nothing was pruned: no axis group can be cut",
+                found=_most_common(d.reason for d in decisions),
+                hint="shorten ignore, allow nested groups with atoms='all'; `foldline inspect` says why each is frozen",
+            )
         self._check_floating(chosen)
         evidence = self._evidence(groups, ctx, decisions)
         scores = importance(groups, chosen, self.criterion, ctx.seed, self.reduction, evidence)
@@ -239,3 +246,11 @@ class Prune(Pass):
 
     def _criterion_name(self) -> str:
         return self.criterion if isinstance(self.criterion, str) else getattr(self.criterion, "__name__", "criterion")
+
+
+def _most_common(reasons: Iterable[str]) -> str:
+    """The three most frequent reasons, with how often each was given."""
+    counted = Counter(reasons)
+    more = len(counted) - 3
+    shown = [f"{reason} ({n} group{'s' if n > 1 else ''})" for reason, n in counted.most_common(3)]
+    return "; ".join(shown) + (f"; and {more} other reasons" if more > 0 else "")
