@@ -101,13 +101,41 @@ _SIZES = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, interm
 _SPECIAL = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
 _GQA = dict(**{**_SIZES, "num_attention_heads": 8}, num_key_value_heads=4, use_cache=False, **_SPECIAL)
 _IMAGE = dict(image_size=64, num_channels=3)
-REAL = ["hf:bert-base", "hf:distilbert-base", "hf:gpt2-small"]
+REAL = """
+hf:bert-base hf:distilbert-base hf:roberta-base hf:electra-small hf:electra-base hf:albert-base hf:mpnet-base
+hf:gpt2-small hf:opt-125m hf:bart-base hf:vit-base hf:clip_vision-base
+""".split()
 """transformers at their published sizes (random weights); the others are small configurations of the same classes."""
 
 _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert-base": ("Bert", "ForSequenceClassification", {}),
     "distilbert-base": ("DistilBert", "ForSequenceClassification", {}),
     "gpt2-small": ("GPT2", "LMHeadModel", dict(use_cache=False)),
+    "roberta-base": (
+        *("Roberta", "ForSequenceClassification"),
+        dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1),
+    ),
+    "electra-small": (
+        *("Electra", "ForSequenceClassification"),
+        dict(embedding_size=128, hidden_size=256, num_attention_heads=4, intermediate_size=1024),
+    ),
+    "electra-base": (
+        *("Electra", "ForSequenceClassification"),
+        dict(embedding_size=768, hidden_size=768, num_attention_heads=12, intermediate_size=3072),
+    ),
+    "albert-base": (
+        *("Albert", "ForSequenceClassification"),
+        dict(embedding_size=128, hidden_size=768, num_attention_heads=12, intermediate_size=3072),
+    ),
+    "mpnet-base": ("MPNet", "ForSequenceClassification", dict(max_position_embeddings=514, pad_token_id=1)),
+    "opt-125m": ("OPT", "ForCausalLM", dict(use_cache=False)),
+    "bart-base": (
+        *("Bart", "ForConditionalGeneration"),
+        dict(d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12, decoder_attention_heads=12)
+        | dict(encoder_ffn_dim=3072, decoder_ffn_dim=3072, use_cache=False),
+    ),
+    "vit-base": ("ViT", "ForImageClassification", dict(image_size=224)),
+    "clip_vision-base": ("CLIPVision", "Model", dict(image_size=224)),
     "bert": ("Bert", "ForSequenceClassification", _SIZES),
     "distilbert": (
         *("DistilBert", "ForSequenceClassification"),
@@ -161,9 +189,9 @@ def _transformer(name: str) -> tuple[Any, Any]:
     prefix, kind, options = _CONFIGS[name]
     options = {k: v for k, v in options.items() if k != "vocab_size" or "image_size" not in options}
     model = getattr(library, prefix + kind)(getattr(library, prefix + "Config")(**options)).eval()
-    if name in ("segformer", "vit", "swin", "convnextv2", "clip_vision"):
+    if prefix in ("Segformer", "ViT", "Swin", "ConvNextV2", "CLIPVision"):
         size = options.get("image_size", 64)
         return model, {"pixel_values": torch.randn(2, 3, size, size)}
     ids = torch.randint(2, 200, (2, 10))
-    more = {"decoder_input_ids": torch.randint(2, 200, (2, 7))} if name in ("t5", "bart") else {}
+    more = {"decoder_input_ids": torch.randint(2, 200, (2, 7))} if prefix in ("T5", "Bart") else {}
     return model, {"input_ids": ids, **more}

@@ -8,9 +8,9 @@ ignored_layers=[head])`` and ``step()``: build, init and step, in place. Both in
 GiB of address space), one thread, after one call on a two-layer network (imports and first-call caches are not
 counted); the best of the runs (no further one after ``--enough`` seconds), each on a fresh copy of the model; memory is
 the growth of the process's peak over one call, the copy it works on included. The side that fails says how. ``--both``:
-the models that both sides manage (coverage.py). ``--cpu`` prints processor time instead of wall time, for a machine
-with other jobs. ``--json`` keeps one line per model; what it holds already is printed again, not run again. Needs the
-extras timm, transformers, bench.
+the models that both sides manage (coverage.py), the small transformers at the sizes that are published, too. ``--cpu``
+prints processor time instead of wall time, for a machine with other jobs. ``--json`` keeps one line per model; what it
+holds already is printed again, not run again. Needs the extras timm, transformers, bench.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ mobilenetv4_conv_small efficientnet_b0 tf_efficientnetv2_b0 fbnetc_100 spnasnet_
 ghostnet_100 ghostnetv2_100 repghostnet_050 repvgg_a0 repvit_m1 mobileone_s0 starnet_s1 hgnetv2_b0 rdnet_tiny
 convnext_tiny convnextv2_atto beit_base_patch16_224 samvit_base_patch16_224 hf:bert hf:bert-base hf:distilbert
 hf:roberta hf:electra hf:albert hf:mpnet hf:gpt2 hf:opt hf:bart hf:vit hf:convnextv2 hf:clip_vision
+hf:distilbert-base hf:roberta-base hf:electra-small hf:electra-base hf:albert-base hf:mpnet-base hf:gpt2-small
+hf:opt-125m hf:bart-base hf:vit-base hf:clip_vision-base
 """.split()
 HARD = "densenet201 swin_tiny_patch4_window7_224 maxvit_tiny_tf_224 resnest14d hf:llama".split()
 """Models on which the peer takes long or fails."""

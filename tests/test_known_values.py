@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import foldline as fl
@@ -88,3 +89,28 @@ def test_a_read_after_a_write_is_not_followed() -> None:
     for how in ("written", "input", "buffer", "copied"):
         twin.how = how
         assert not follows(graph, twin, _tensors(graph, twin))
+
+
+class Views(nn.Module):
+    """Its recorded tensors are views of each other, which Python's search for cycles does not look through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return y.view(-1, 2, 4).transpose(1, 2)[:, 0] + y[:, :2]
+
+
+def test_a_recorded_graph_goes_when_nobody_holds_it() -> None:
+    def living() -> int:
+        gc.collect()
+        return sum(type(o) is torch.fx.Graph for o in gc.get_objects())
+
+    model, x = Views().eval(), torch.randn(3, 6)
+    P.prune(model, x, ratio=0.5, verify=False)
+    before = living()
+    for _ in range(3):
+        P.prune(model, x, ratio=0.5, verify=False)
+    assert living() == before

@@ -24,7 +24,7 @@ from .known_values import NotKnown, data_of, reads
 from .shortcuts import shortcut
 from .tensors import storage_key
 from .trace import Capture, copied_with, tensors_held
-from .walk import modules_of
+from .walk import calls_forward_only, modules_of
 
 aten = torch.ops.aten
 NODE = "_foldline_node"
@@ -59,17 +59,27 @@ class Recorded:
         args, kwargs = pytree.tree_unflatten(tape.inputs(flat, _leaf_names(found)), self.in_spec)
         try:
             result = tape.play(args, kwargs)
+            leaves, self.out_spec = pytree.tree_flatten(result)
+            tape.graph.output(tuple(tape.held(x) if isinstance(x, torch.Tensor) else x for x in leaves))
         except CannotRecord:
             raise
         except Exception as error:  # user code on meta tensors: whatever fails there, torch.export decides
             raise CannotRecord(f"{type(error).__name__}: {str(error)[:200]}") from error
         finally:
             del tape.twin  # its hooks know the tape: garbage that would wait for a search
-        leaves, self.out_spec = pytree.tree_flatten(result)
-        tape.graph.output(tuple(tape.held(x) if isinstance(x, torch.Tensor) else x for x in leaves))
+            unmark(tape.graph)
         self.graph = tape.graph
         if not make_functional(self.graph):
             raise CannotRecord("in-place operations on views")
+
+
+def unmark(graph: fx.Graph) -> None:
+    """Let the tensors of a recording forget their nodes: Python cannot collect such a cycle where views share them."""
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        for t in val if isinstance(val, (list, tuple)) else (val,):
+            if isinstance(t, torch.Tensor):
+                t.__dict__.pop(NODE, None)
 
 
 @lru_cache(maxsize=256)
@@ -148,7 +158,7 @@ class Tape(SchemaCheckMode):
             m.training = False
             if not name:
                 continue
-            if _calls_forward_only(m):
+            if calls_forward_only(m):
                 m.__dict__["_compiled_call_impl"] = self._called(m, (name, type(m).__name__))
             else:
                 # the twin's own dicts: torch's registration counts through all handles ever made
@@ -366,13 +376,6 @@ def _described(out: Any) -> Any:
     if isinstance(out, torch.Tensor):
         return out if out.is_meta else torch.empty_like(out, device="meta")
     return type(out)(_described(x) for x in out) if isinstance(out, (list, tuple)) else out
-
-
-def _calls_forward_only(m: nn.Module) -> bool:
-    """Whether calling this module means calling its forward: no hooks, nothing compiled."""
-    held = m.__dict__
-    hooked = held["_forward_pre_hooks"] or held["_forward_hooks"] or held["_backward_hooks"]
-    return not hooked and not held.get("_backward_pre_hooks") and m._compiled_call_impl is None
 
 
 _MET: dict[Any, None] = {}

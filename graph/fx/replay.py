@@ -14,7 +14,7 @@ from .clean import clean, idle_copies
 from .follow import META, SIZED, follows
 from .functional import make_functional, packet
 from .ops import known
-from .record import MAKERS, NODE, PRE_DISPATCH_SET, Tape, meta_like
+from .record import MAKERS, NODE, PRE_DISPATCH_SET, Tape, meta_like, unmark
 from .tensors import same_data, storage_key
 from .walk import modules_of
 
@@ -42,6 +42,7 @@ def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor
     flags = [(m, True) for _, m in modules_of(module) if m.training]
     for m, _ in flags:
         m.training = False
+    tape: _Replay | None = None
     try:
         if follows(graph, module, tensors):
             return True
@@ -54,6 +55,8 @@ def replays(graph: FXView, module: nn.Module, tensors: Mapping[str, torch.Tensor
     except Exception:  # user code; the check that computes reports what it raises
         return None
     finally:
+        if tape is not None:
+            unmark(tape.graph)
         for m, flag in flags:
             m.training = flag
     if out_spec != graph.out_spec or not make_functional(tape.graph):

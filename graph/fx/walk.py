@@ -38,3 +38,10 @@ def tensors_of(root: nn.Module) -> list[tuple[str, torch.Tensor]]:
                 prefix = f"{path}." if path else ""
                 found += [(prefix + name, t) for name, t in held.items() if t is not None]
     return found
+
+
+def calls_forward_only(m: nn.Module) -> bool:
+    """Whether calling this module means calling its forward: no hooks, nothing compiled."""
+    held = m.__dict__
+    hooked = held["_forward_pre_hooks"] or held["_forward_hooks"] or held["_backward_hooks"]
+    return not hooked and not held.get("_backward_pre_hooks") and m._compiled_call_impl is None
