@@ -308,6 +308,21 @@ class TestFiles:
         with pytest.raises(ModelFileError):
             load_onnx(path)
 
+    def test_nodes_in_another_order_are_sorted(self, tmp_path: Path) -> None:
+        """ONNX Runtime takes such files, and its float16 converter writes them."""
+        proto = attention()
+        nodes = list(proto.graph.node)
+        del proto.graph.node[:]
+        proto.graph.node.extend(reversed(nodes))
+        onnx.save(proto, tmp_path / "m.onnx")
+        x = rand(*load_onnx(attention()).inputs[0].hint)
+        wanted, found = (load_onnx(m).run({"x": x})[0][0] for m in (attention(), tmp_path / "m.onnx"))
+        assert np.array_equal(found, wanted)
+        assert load_onnx(proto).clone().to_model() is not None
+        proto.graph.node[0].input[0] = proto.graph.node[0].output[0]
+        with pytest.raises(ModelFileError, match="cycle"):
+            load_onnx(proto)
+
     def test_truncated_model(self, tmp_path: Path) -> None:
         (tmp_path / "m.onnx").write_bytes(attention().SerializeToString()[:-700])
         with pytest.raises(ModelFileError, match="truncated"):

@@ -66,7 +66,27 @@ def _deserialize(proto: onnx.ModelProto, path: Path | None) -> ir.Model:
             ir.external_data.set_base_dir(graph, os.path.dirname(os.path.abspath(path)))
     _check_external(model, where)
     _check_wiring(model, where)
+    _in_order(model, where)
     return model
+
+
+def _in_order(model: ir.Model, where: str) -> None:
+    """Nodes come after what they read: converters that append casts at the end leave files that ONNX Runtime takes
+    and the standard does not."""
+    for graph in native.graphs(model):
+        seen: set[ir.Node] = set()
+        for node in graph:
+            makers = (value.producer() for value in node.inputs if value is not None)
+            if any(p is not None and p.graph is graph and p not in seen for p in makers):
+                try:
+                    model.graph.sort()  # every subgraph, too
+                except ValueError as error:
+                    raise ModelFileError(
+                        "the nodes of the model form a cycle", node=node.name or node.op_type, value=where,
+                        hint="export it again",
+                    ) from error  # fmt: skip
+                return
+            seen.add(node)
 
 
 def _check_wiring(model: ir.Model, where: str) -> None:
