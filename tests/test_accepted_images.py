@@ -58,7 +58,11 @@ def test_power_exponents_are_better_than_uniform_steps() -> None:
 
 
 def test_learned_variants_of_few_images_shrink_the_gap() -> None:
-    """F8-08: W4, 64 images, block reconstruction: held-out over calibration error shrinks with learned variants."""
+    """F8-08: W4, 64 images, block reconstruction: held-out over calibration error shrinks with learned variants.
+
+    It shrinks because the images themselves are fitted less closely (from 9 to 5 times): with these few numbers as a
+    transform the held-out error itself is no smaller at equal steps (0.0041 against 0.0035).
+    """
     images, held_out = cifar10("train", 64)[0], cifar10("test", 256, offset=2000)[0]
     batches = list(images.split(16))
     gaps = {}
