@@ -42,6 +42,7 @@ SETTINGS = [
     "foldline:l2/uniform/inner",
     "foldline:l2/uniform/recover",
     "foldline:l2/uniform/inner/recover",
+    "foldline:l2/layerwise/inner/recover",
     "foldline:fisher/global/inner/recover",
     "foldline:random/uniform",
     "foldline:l2/uniform/scratch",
