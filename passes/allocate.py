@@ -2,8 +2,7 @@
 
 Two solvers of the same multiple-choice knapsack. ``dp`` is dynamic programming over the budget, linear in the number
 of buckets and in the number of levels ("Efficient Joint Optimization of Layer-Adaptive Weight Pruning in Deep Neural
-Networks"); ``milp`` is an exact integer program: with one budget solved by :mod:`.knapsack`, with several (or where
-that gives up) by HiGHS.
+Networks"); ``milp`` is an exact integer program (HiGHS), which also takes several budgets at once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from ..graph.errors import ConfigError, ConstraintError
-from . import knapsack
 
 Method: TypeAlias = Literal["dp", "milp"]
 Budget: TypeAlias = float | Sequence[float]
@@ -71,8 +69,8 @@ def allocate(
         budget: most that may be spent (a number, or one per cost); or
         saving: least that must be reached instead: the numbers called cost then count what a level saves.
         method: ``"dp"`` (one budget; exact when the costs are multiples of a common unit of which the range holds at
-            most ``buckets``, as with small integers; else within :attr:`Allocation.slack`), or ``"milp"`` (any number
-            of budgets; exact with one, with several to HiGHS's tolerances, about 1e-6 of the largest loss).
+            most ``buckets``, as with small integers; else within :attr:`Allocation.slack`), or ``"milp"`` (exact to
+            the solver's 1e-9, any number of budgets).
         buckets: resolution of ``dp``; time and memory are linear in it.
 
     Ties go to the cheaper allocation (``dp``), and equal input always gives equal output. With more budget the loss
@@ -92,8 +90,7 @@ def allocate(
         raise ConfigError("a budget must be a finite number", node="allocate", found=limits.tolist())
     _feasible(costs, limits, saving is not None)
     if method == "milp":
-        single = knapsack.solve([c[:, 0] for c in costs], losses, float(limits[0])) if len(limits) == 1 else None
-        picked, exact, unit = single or _milp(costs, losses, limits), True, 0.0
+        picked, exact, unit = _milp(costs, losses, limits), True, 0.0
     elif method == "dp":
         if len(limits) != 1:
             raise ConfigError("dp takes one budget", node="method", found=len(limits), hint="use method='milp'")
@@ -201,11 +198,7 @@ def _unit(above: list[np.ndarray], span: float, buckets: int) -> tuple[float, bo
 
 # ---- integer program -----------------------------------------------------------------------------------------------
 def _milp(costs: list[np.ndarray], losses: list[np.ndarray], limits: np.ndarray) -> list[int]:
-    """One 0/1 variable per level, exactly one per item; budgets and losses scaled to 1 for the solver's tolerances.
-
-    HiGHS up to 1.12 prints a line of its own, whatever it is told about output, when it drops a candidate that does not
-    fit the problem as it was before presolving; no option of it stands in the way of that.
-    """
+    """One 0/1 variable per level, exactly one per item; budgets and losses scaled to 1 for the solver's tolerances."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import block_diag, csr_array
 

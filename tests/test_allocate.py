@@ -114,55 +114,6 @@ def test_ties_go_to_the_cheaper_allocation_and_repeat() -> None:
     assert all(allocate(items, 100, method="milp") == allocate(items, 100, method="milp") for _ in range(3))
 
 
-def layers_of_a_model(seed: int, count: int = 42) -> tuple[Items, float]:
-    """Sizes over six decades, losses over eight."""
-    rng = np.random.default_rng(seed)
-    items, whole = {}, 0.0
-    for i in range(count):
-        size = float(10 ** rng.uniform(0, 6))
-        losses = np.sort(10 ** rng.uniform(-8, 0, 5) * rng.uniform(0.1, 10))[::-1]
-        items[f"w{i}"] = [Level(size * b, float(x)) for b, x in enumerate(losses, 1)]
-        whole += 5 * size
-    return items, whole * float(rng.uniform(0.3, 0.9))
-
-
-@settings(max_examples=30, deadline=None)
-@given(problems(layers=4), st.booleans())
-def test_one_budget_is_exact_to_the_last_bits(problem: tuple[Items, list[float]], fractional: bool) -> None:
-    items, (budget,) = problem
-    if fractional:
-        items = {n: [Level(x.cost * np.pi, x.loss / 3) for x in levels] for n, levels in items.items()}
-    expected = brute(items, (budget,))
-    assume(expected is not None)
-    found = allocate(items, budget, method="milp")
-    assert found.loss == pytest.approx(expected, rel=1e-12, abs=1e-14) and found.cost[0] <= budget * (1 + 1e-12)
-
-
-def test_one_budget_prints_nothing_and_is_at_least_as_good_as_the_integer_program(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    """HiGHS prints a line of its own on some of these, and stops at a relative 1e-6 of the largest loss."""
-    from foldline.passes.allocate import _milp
-
-    for seed in (0, 1, 2, 13, 56, 119):  # HiGHS 1.12 prints on the last three
-        items, budget = layers_of_a_model(seed)
-        found = allocate(items, budget, method="milp")
-        assert found.exact and found.cost[0] <= budget * (1 + 1e-12)
-        assert capfd.readouterr().out == ""
-        arrays = [[np.array([getattr(x, key) for x in levels]) for levels in items.values()] for key in Level._fields]
-        other = _milp([c[:, None] for c in arrays[0]], arrays[1], np.array([budget * (1 - 1e-9)]))
-        loss = sum(x[i] for x, i in zip(arrays[1], other, strict=True))
-        assert found.loss <= loss + 1e-12
-        capfd.readouterr()
-
-
-def test_a_search_that_grows_too_large_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    items, budget = layers_of_a_model(1)
-    exact = allocate(items, budget, method="milp")
-    monkeypatch.setattr("foldline.passes.knapsack.MOST_STATES", 0)
-    assert allocate(items, budget, method="milp").loss == pytest.approx(exact.loss, abs=2e-5)
-
-
 def test_many_items_stay_exact_and_fast() -> None:
     rng = np.random.default_rng(0)
     items = {f"w{i}": [Level(float(b * 64), float(rng.random() / 4**b)) for b in (2, 3, 4, 8)] for i in range(300)}
