@@ -198,7 +198,11 @@ def _unit(above: list[np.ndarray], span: float, buckets: int) -> tuple[float, bo
 
 # ---- integer program -----------------------------------------------------------------------------------------------
 def _milp(costs: list[np.ndarray], losses: list[np.ndarray], limits: np.ndarray) -> list[int]:
-    """One 0/1 variable per level, exactly one per item; budgets and losses scaled to 1 for the solver's tolerances."""
+    """One 0/1 variable per level, exactly one per item; budgets and losses scaled to 1 for the solver's tolerances.
+
+    HiGHS up to 1.12 prints a line of its own, whatever it is told about output, when it drops a candidate that does not
+    fit the problem as it was before presolving; no option of it stands in the way of that.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import block_diag, csr_array
 
