@@ -175,8 +175,13 @@ class _Fit(Search):
             if len(entries) > 1:
                 called = {name for _, name in self.sizes}
                 own = [e for e in entries if e.rpartition(".")[2] in called]
+                own = own or [e for e in entries if not ("layer" in e and value in self._counts())]
             found |= dict.fromkeys(own or entries, evidence[value][0])
         return found
+
+    def _counts(self) -> set[int]:
+        """How many layers the containers of the module hold (heads are often as many)."""
+        return {len(m) for _, m in modules_of(self.module) if isinstance(m, nn.ModuleList)}
 
     def _uneven(self) -> str:
         """A weight whose counterpart in another layer (the same name but for numbers) had its shape and has it not."""
