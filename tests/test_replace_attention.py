@@ -150,6 +150,20 @@ def test_softplus_is_what_the_formula_says(power: float | None, front: str) -> N
     np.testing.assert_allclose(y, (a @ v.double()).numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_computes_in_float32(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in qkv())
+    mask = torch.full((5, 5), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    graph = load(Fused().eval(), (q, k, v, mask), "fx")
+    wanted = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), mask.double(), scale=0.7)
+    for options in ({"form": "exp"}, {"power": 2.0}):
+        after = replaced(graph, **options)
+        y = run_graph(after, after.bind((q, k, v, mask)))[0][0].astype(np.float64)
+        assert np.isfinite(y).all()
+        assert options != {"form": "exp"} or np.abs(y - wanted.numpy()).max() < 0.05
+        np.testing.assert_allclose(y[:, :, 0], v[:, :, 0].double().numpy(), atol=1e-2)  # it sees one key alone
+
+
 def test_contracts() -> None:
     assert P.ReplaceAttention(form="exp").promise() is Contract.EXACT
     assert P.ReplaceAttention(form="exp", power=2.0).promise() is Contract.FRESH

@@ -141,7 +141,7 @@ def test_gradients_are_perpendicular_to_the_weights() -> None:
     F.cross_entropy(model(x), y).backward()
     for p, g in zip(model.parameters(), plain, strict=True):
         along = (p * g).sum() / (p * p).sum()
-        assert abs(float((p * p.grad).sum())) < 1e-6 and torch.allclose(p.grad, g - along * p, atol=1e-6)
+        assert abs(float((p.detach() * p.grad).sum())) < 1e-6 and torch.allclose(p.grad, g - along * p, atol=1e-6)
     for handle in handles:
         handle.remove()
     for p in model.parameters():

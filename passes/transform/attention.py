@@ -12,6 +12,7 @@ from .query_key import BETWEEN
 
 FURTHER = (*BETWEEN, "expand", "reshape", "transpose", "squeeze", "unsqueeze", "clip", "maximum")
 """Operators that may stand between a product and its softmax, or between that and the product with the values."""
+HALF = ("float16", "bfloat16")
 
 
 class Writer:
@@ -27,7 +28,22 @@ class Writer:
 
     def number(self, value: float, part: str, dtype: str = "float32") -> Value:
         """A stored scalar."""
-        return self.graph.add_weight(f"{self.name}_{part}", np.array(value, dtype=np.dtype(dtype)))
+        return self.graph.add_weight(f"{self.name}_{part}", np.array(value, dtype=numpy_type(dtype)))
+
+    def wide(self, x: Value) -> Value:
+        """A value in half precision as float32: masks, sums and small numbers do not fit into the half types."""
+        return self.put("cast", [x], "float32", dtype="float32") if x.dtype in HALF else x
+
+    def narrow(self, y: Value, dtype: str) -> Value:
+        """Back from :meth:`wide`."""
+        return y if y.dtype == dtype else self.put("cast", [y], dtype, dtype=dtype)
+
+
+def numpy_type(name: str) -> np.dtype:
+    """The numpy type of a dtype's name, bfloat16 too."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def cores(graph: Graph) -> list[Node]:
@@ -82,17 +98,19 @@ def take_apart(graph: Graph, node: Node) -> Node | Refusal:
     assert q is not None and k is not None and v is not None
     if q.rank is None or q.rank < 3 or q.hint is None or k.hint is None or k.shape is None or q.shape is None:
         return Refusal("the shape of its operands is unknown", node.name)
+    shape = k.shape
     causal, gqa = bool(node.attrs.get("causal")), bool(node.attrs.get("gqa")) and q.hint[-3] != k.hint[-3]
-    if causal and not (isinstance(q.shape[-2], int) and isinstance(k.shape[-2], int)):
+    if causal and not (isinstance(q.shape[-2], int) and isinstance(shape[-2], int)):
         return Refusal("its causal mask depends on lengths known at run time only", node.name)
-    if gqa and sum(not isinstance(n, int) for n in k.shape) > 1:
+    if gqa and sum(not isinstance(n, int) for n in shape) > 1:
         return Refusal("its grouped heads have several sizes known at run time only", node.name)
     before = max((x.producer for x in (q, k, v, mask) if x is not None and x.producer is not None),
                  key=graph.nodes.index, default=None)  # fmt: skip
     write = Writer(graph, node.name, before, node.scope)
+    length, times = k.hint[-2], q.hint[-3] // k.hint[-3]
     if gqa:
-        k, v = (_repeated(write, x, q.hint[-3] // k.hint[-3], part) for x, part in ((k, "keys"), (v, "values")))
-    rank = q.rank
+        k, v = (_repeated(write, x, times, part) for x, part in ((k, "keys"), (v, "values")))
+    rank, lengths = q.rank, (q.hint[-2], length)
     turned = write.put("transpose", [k], "columns", perm=[*range(rank - 2), rank - 1, rank - 2])
     scores = write.put("matmul", [q, turned], "scores")
     scale = node.attrs.get("scale")
@@ -103,8 +121,7 @@ def take_apart(graph: Graph, node: Node) -> Node | Refusal:
     elif mask is not None:
         scores = write.put("add", [scores, mask], "masked")
     if causal:
-        lengths = q.hint[-2], k.hint[-2]
-        hidden = np.where(np.tri(*lengths, dtype=bool), 0, -np.inf).astype(np.dtype(q.dtype))
+        hidden = np.where(np.tri(*lengths, dtype=bool), 0, -np.inf).astype(numpy_type(q.dtype))
         scores = write.put("add", [scores, graph.add_weight(f"{node.name}_causal", hidden)], "causal")
     weights = write.put("softmax", [scores], "softmax", axis=rank - 1)
     softmax = weights.producer

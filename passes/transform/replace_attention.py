@@ -84,6 +84,7 @@ class ReplaceAttention(Pass):
         assert x is not None and x.rank is not None
         axes = [int(softmax.attrs["axis"]) % x.rank]
         write = Writer(graph, softmax.name, x.producer, softmax.scope)
+        x = write.wide(x)
         made = exponential(write, x, axes) if self.form == "exp" else None
         if made is None or self.power is not None:
             visible, count = _keys(write, x, axes)
@@ -91,7 +92,8 @@ class ReplaceAttention(Pass):
                 made = _softplus(write, x, visible, count)
             if self.power is not None:
                 made = self._sharpened(write, normalised(write, made, axes, "first"), count)
-        graph.replace_uses(softmax.output, normalised(write, made, axes, "weights"))
+        weights = normalised(write, made, axes, "weights")
+        graph.replace_uses(softmax.output, write.narrow(weights, softmax.output.dtype))
         graph.erase(softmax)
 
     def _sharpened(self, write: Writer, weights: Value, count: Value) -> Value:

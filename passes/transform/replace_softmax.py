@@ -8,11 +8,9 @@ from pydantic import Field
 
 from ...graph.ir import Graph, Node, Value
 from ..base import Context, Contract, Decision, Outcome, Pass
-from .attention import Writer, cores
+from .attention import HALF, Writer, cores
 from .common import matches
 from .replace_attention import normalised
-
-HALF = ("float16", "bfloat16")
 
 
 class ReplaceSoftmax(Pass):
@@ -68,6 +66,7 @@ def _stablemax(graph: Graph, node: Node) -> str:
     assert x is not None and x.rank is not None
     axes = [int(node.attrs["axis"]) % x.rank]
     write = Writer(graph, node.name, x.producer, node.scope)
+    x = write.wide(x)
     one = write.number(1.0, "one", x.dtype)
     below = write.put("relu", [write.put("neg", [x], "negated")], "below")
     small = write.put("reciprocal", [write.put("add", [below, one], "below_plus_one")], "small")
@@ -75,6 +74,7 @@ def _stablemax(graph: Graph, node: Node) -> str:
     made = normalised(write, made, axes, "stablemax")
     if node.op == "log_softmax":
         made = write.put("log", [made], "log")
+    made = write.narrow(made, node.output.dtype)
     graph.replace_uses(node.output, made)
     graph.erase(node)
     return "log-softmax became the logarithm of StableMax" if node.op == "log_softmax" else "softmax became StableMax"
@@ -133,9 +133,8 @@ def _upcast(graph: Graph, node: Node) -> str | None:
     if x.producer is not None and x.producer.op == "cast" and x.dtype == "float32":
         return None
     write = Writer(graph, node.name, x.producer, node.scope)
-    wide = write.put("cast", [x], "float32", dtype="float32")
-    made = write.put(node.op, [wide], "wide", axis=int(node.attrs["axis"]))
-    graph.replace_uses(node.output, write.put("cast", [made], "narrow", dtype=node.output.dtype))
+    made = write.put(node.op, [write.wide(x)], "wide", axis=int(node.attrs["axis"]))
+    graph.replace_uses(node.output, write.narrow(made, node.output.dtype))
     graph.erase(node)
     return f"a {node.op} in {x.dtype} computes in float32"
 

@@ -94,7 +94,8 @@ class NormTweak(Pass):
             batches: Any = generated_text(reference, self.samples, self.length, ctx.example_inputs, ctx.seed)
         else:
             batches = self.batches(ctx)
-        strength, tried = self.strength, {}
+        strength: Any = self.strength
+        tried: dict[float, float] = {}
         if strength == "auto":
             batches = list(batches)
             strength, tried = _best_share(graph, reference, batches, ctx)
