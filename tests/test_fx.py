@@ -154,6 +154,28 @@ def test_a_batch_that_the_model_fixes_is_noted() -> None:
     assert tuple(execute(graph, torch.randn(1, 12))[0].shape) == (12,)
 
 
+def test_inputs_that_do_not_fit_say_what_does() -> None:
+    class Keywords(nn.Module):
+        """A wrapper that passes everything on: torch.export leaves no batch open here."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 6)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            x = kwargs["x"]
+            return self.inner(x).reshape(x.shape[0], 2, 3)
+
+    graph = load_torch(Keywords(), {"x": torch.randn(2, 4)})
+    with pytest.raises(ConstraintError, match="cannot run") as caught:
+        execute(graph, {"x": torch.randn(4, 4)})
+    assert "as large as the example inputs (batch size is fixed" in str(caught.value.hint)
+    graph = load_torch(nn.Linear(4, 6), torch.randn(2, 4))
+    with pytest.raises(ConstraintError, match="cannot run") as caught:
+        execute(graph, torch.randn(2, 5))
+    assert caught.value.hint == "give inputs like the example inputs"
+
+
 def test_untraceable_model_names_the_line() -> None:
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .view import FXView
 
 
+def fitting(graph: FXView) -> str:
+    """What inputs a graph that fails on some should be given."""
+    fixed = next((n for n in graph.notes if n.startswith("batch size is fixed")), "")
+    return f"give batches as large as the example inputs ({fixed})" if fixed else "give inputs like the example inputs"
+
+
 def interpret(
     graph: FXView,
     inputs: dict[str, Any],
@@ -61,6 +67,7 @@ def interpret(
                         f"the graph cannot run: {str(error).strip().splitlines()[0][:300]}",
                         node=node.name,
                         found=[tuple(a.shape) for a in args if isinstance(a, torch.Tensor)],
+                        hint=fitting(graph),
                     ) from error
             for name in wanted.get(node, ()):
                 results[name] = env[node]

@@ -166,6 +166,8 @@ class FXRunner(Runner):
     def _call(self, i: int, env: dict[Hashable, Any]) -> None:
         from torch import fx
 
+        from ...graph.fx.run import fitting
+
         node = self._nodes[i]
         if self._effect(node):
             env[node] = self._look(env, node.all_input_nodes[-1])  # a buffer update: weights are never written to
@@ -178,6 +180,7 @@ class FXRunner(Runner):
                 f"the graph cannot run: {str(error).strip().splitlines()[0][:300]}",
                 node=node.name,
                 found=[tuple(a.shape) for a in args if isinstance(a, Tensor)],
+                hint=fitting(self.graph),
             ) from error
 
     def _look(self, env: dict[Hashable, Any], node: Any) -> Any:
