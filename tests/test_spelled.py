@@ -99,3 +99,24 @@ def test_a_buffer_handed_on_as_it_is_is_followed() -> None:
     assert not any(name.startswith("_foldline") for name in vars(twin.rows))
     twin.rows = torch.arange(4, -1, -1)
     assert not follows(graph, twin, _tensors(graph, twin) | {"rows": model.rows})
+
+
+class Parts(nn.Module):
+    """Three parts of one projection, taken by one size or by a list of sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.size, self.dim = nn.Linear(6, 12), [4, 4, 4], 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.a(x).split(self.size, self.dim)
+        return parts[0] * parts[1] + parts[2]
+
+
+def test_pieces_of_one_size_are_the_listed_sizes() -> None:
+    model = Parts().eval()
+    graph, twin = fl.load(model, torch.randn(12, 6), static=True), copy.deepcopy(model)
+    twin.size = 4
+    assert follows(graph, twin, _tensors(graph, twin))
+    twin.dim = 0
+    assert not follows(graph, twin, _tensors(graph, twin))

@@ -105,7 +105,8 @@ class _Guide(Tape):
             if node is None:
                 return self._aside(func, args, kwargs)
             written = node.meta.get(IN_PLACE)
-            if func is not (written or node.target) or not self._matches(node, args, kwargs):
+            same = func is (written or node.target) and self._matches(node, args, kwargs)
+            if not same and not self._splits(node, func, args, kwargs):
                 return self._aside(func, args, kwargs)
             if written is None and _writes(func):
                 raise Lost("a call with an effect")
@@ -146,6 +147,18 @@ class _Guide(Tape):
             return bool(node.target(self._meta(args[0]), args[1]).shape == val.shape)  # type: ignore[operator]
         except RuntimeError:  # it does not fit
             return False
+
+    def _splits(self, node: fx.Node, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Pieces of one size, where the graph lists the size of each."""
+        if func is not torch.ops.aten.split.Tensor or node.target is not torch.ops.aten.split_with_sizes.default:
+            return False
+        x, size, dim = args if len(args) == 3 else (*args, 0)
+        listed: Any = node.args if len(node.args) == 3 else (*node.args, 0)
+        if kwargs or node.kwargs or type(size) is not int or size < 1 or dim != listed[2]:
+            return False
+        n = x.shape[dim]
+        pieces = [size] * (n // size) + [n % size] * (n % size > 0)
+        return list(listed[1]) == pieces and self._same(listed[0], x)
 
     def _same(self, a: Any, b: Any) -> bool:
         """Whether an operand of a call is what the graph says."""
