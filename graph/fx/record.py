@@ -145,7 +145,8 @@ class Tape(SchemaCheckMode):
             parameter = isinstance(t, nn.Parameter)
             if meta is None or parameter != isinstance(meta, nn.Parameter):
                 meta = t.detach() if t.is_meta else meta_like(t)
-                same[where] = meta = nn.Parameter(meta, requires_grad=False) if parameter else meta
+                meta = nn.Parameter(meta, requires_grad=False) if parameter else meta
+                same[where] = meta
                 name, kind = names.get(key, (f"constant_{len(self.weights)}", "constant"))
                 self.weights[id(meta)] = (name, kind, t)
             replace[key] = meta
