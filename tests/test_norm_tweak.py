@@ -101,7 +101,9 @@ def test_text_that_the_model_writes_is_the_models_own() -> None:
     np.testing.assert_array_equal(logits[:, 0].argmax(-1), made[0][name][:, 1])  # early tokens are the likeliest
     graph = weights_as_integers(before, 2)
     raw = loss(before, graph, [ids()])
-    NormTweak(data="generated", samples=16, strength=1.0).apply(graph, Context(unquantized=before, example_inputs=ids()))
+    NormTweak(data="generated", samples=16, strength=1.0).apply(
+        graph, Context(unquantized=before, example_inputs=ids())
+    )
     assert sum(loss(before, graph, [ids()])) < sum(raw)
 
 

@@ -142,10 +142,10 @@ class Tape(SchemaCheckMode):
         for key, t in tensors_held([m for _, m in modules]).items():
             where = (*storage_key(t), t.dtype) if t.numel() else (key,)
             meta = same.get(where)
-            parameter = isinstance(t, nn.Parameter)
-            if meta is None or parameter != isinstance(meta, nn.Parameter):
+            own = isinstance(t, nn.Parameter)
+            if meta is None or own != isinstance(meta, nn.Parameter):
                 meta = t.detach() if t.is_meta else meta_like(t)
-                meta = nn.Parameter(meta, requires_grad=False) if parameter else meta
+                meta = nn.Parameter(meta, requires_grad=False) if own else meta
                 same[where] = meta
                 name, kind = names.get(key, (f"constant_{len(self.weights)}", "constant"))
                 self.weights[id(meta)] = (name, kind, t)
