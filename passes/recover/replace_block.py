@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator
 
 from ...graph.errors import ConstraintError
@@ -13,7 +12,9 @@ from ...graph.execute import batches_of, run_graph
 from ...graph.ir import Graph, Value
 from ..base import Context, Contract, Decision, Needs, Outcome, Pass
 from ..prune.blocks import Block, Reach, drop, layers, residual_blocks
-from .solve import Normal, Solution, solve
+
+if TYPE_CHECKING:
+    from .solve import Normal, Solution
 
 Ridge = float | Literal["auto"]
 
@@ -62,6 +63,10 @@ class ReplaceBlock(Pass):
         return value
 
     def apply(self, graph: Graph, ctx: Context) -> Outcome:
+        import torch  # listing the passes must not wait for it
+
+        from .solve import solve
+
         run = self._run(graph)
         start, stop = run[0].start, run[-1].stop
         axis = _channel_axis(graph, run)
@@ -136,6 +141,10 @@ def _channel_axis(graph: Graph, run: list[Block]) -> int:
 
 def _moments(graph: Graph, batches: Any, start: Value, stop: Value, axis: int, ctx: Context) -> list[Normal]:
     """Normal equations of what goes in and comes out, in two lots of whole samples, taken in turn."""
+    import torch
+
+    from .solve import Normal
+
     assert start.hint is not None
     channels = start.hint[axis]
     folds = [Normal(1, channels, channels), Normal(1, channels, channels)]
