@@ -14,6 +14,7 @@ from torch import nn
 from .config_build import all_sizes, apart, built_from, entries_read, shapes_of
 from .config_effects import Effects, Misses, Tables, tables
 from .config_entries import Entries, integer_entries, set_entry, shorter_lists
+from .config_marks import Places, forget, mark, unmark
 from .patch import SizeChanges
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Search:
         self.counted: dict[int, int] = {}
         self.read: set[str] = set()
         """Names of the entries that the first build looked at."""
+        self.places: Places = {}
+        """Where the first build holds entries as they are."""
         self.lists = shorter_lists(self.config, dropped.values())
         self.evidence = self._evidence(changes)
         for count, left in dropped.values():
@@ -213,9 +216,9 @@ class Search:
     def _build(self, found: Entries) -> nn.Module | None:
         key = tuple(sorted(found.items()))
         if key not in self.known:
-            config = copy.deepcopy(self.config)
-            with entries_read(self.config) if not self.known else nullcontext(self.read) as read:
-                self.known[key] = self._built(config, found)
+            first = not self.known
+            with entries_read(self.config) if first else nullcontext(self.read) as read:
+                self.known[key] = self._built(found, first)
             self.read |= read
         return self.known[key]
 
@@ -227,7 +230,9 @@ class Search:
         """Whether a build saw entries otherwise than by their names: all of them at once, as a dict or as a copy."""
         return any(name.startswith("__") and name not in _BY_NAME for name in self.read)
 
-    def _built(self, config: Any, found: Entries) -> nn.Module | None:
+    def _built(self, found: Entries, marking: bool = False) -> nn.Module | None:
+        """``marking``: note where the module holds entries (:attr:`places`), if it can be built from marked ones."""
+        config = copy.deepcopy(self.config)
         try:
             for name, value in found.items():
                 set_entry(config, name, value)
@@ -235,4 +240,11 @@ class Search:
                 setattr(config, name, entries)
         except Exception:  # user code: a configuration that checks its entries
             return None
-        return built_from(type(self.module), config, vars(self.module).get("generation_config"))
+        kind, generation = type(self.module), vars(self.module).get("generation_config")
+        if marking:
+            mark(config, self.entries)
+            if (built := built_from(kind, config, generation)) is not None:
+                self.places = unmark(built)
+                return built
+            forget(config)
+        return built_from(kind, config, generation)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from .config_build import shapes_of
 from .config_entries import Entries, configs, integer_entries, is_config, set_entry
 from .config_search import Search
+from .layers import handled
 from .patch import SizeChanges
 from .same_state import sizes_apart
 from .shorten import dead_entries
@@ -40,12 +41,7 @@ def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
     """
     if isinstance(twin, fx.GraphModule) or not any(True for _ in configs(twin)):
         return twin
-    changed = {
-        alias
-        for name, w in graph.weights.items()
-        if name in graph.originals and tuple(graph.originals[name].shape) != w.shape
-        for alias in w.aliases
-    }
+    changed = _changed(graph)
     changes = SizeChanges(graph)
     dropped = _dropped(graph)
     done: list[str] = []
@@ -62,29 +58,56 @@ def update_configs(graph: FXView, twin: nn.Module) -> nn.Module:
     return twin
 
 
-def foresee(graph: FXView, twin: nn.Module) -> Callable[[], None] | None:
-    """Where it is clear what the configurations should say: say it, before the twin is proved; returns the way back.
+def foresee(graph: FXView, twin: nn.Module) -> Foreseen | None:
+    """Where it is clear what the configurations should say: say it, before the twin is proved.
 
     Clear: one build from the new values gives a module whose state is that of the twin, but for integer attributes
     (``num_attention_heads``), which the twin takes over. A proof that the twin computes what the graph says then holds
-    for what ``from_pretrained`` builds, too. None (and nothing is changed) where :func:`update_configs` has to search.
+    for what ``from_pretrained`` builds, too. Clear, too: no values give the twin's widths. None (and nothing is
+    changed) where :func:`update_configs` has to search.
     """
     outer: list[tuple[str, nn.Module]] = []
     for path, m in modules_of(twin):
         if _buildable(m) and not any(path.startswith(f"{p}." if p else "") for p, _ in outer):
             outer.append((path, m))
     if not outer:
-        return None if any(True for _ in configs(twin)) else lambda: None
+        return None if any(True for _ in configs(twin)) else Foreseen()
     if _dropped(graph):
         return None
-    undo, changes = ExitStack(), SizeChanges(graph)
+    found, changes, changed = Foreseen(), SizeChanges(graph), _changed(graph)
     for path, m in outer:
-        back = _Fit(graph, changes, twin, path, m, {}).foresee()
-        if back is None:
-            undo.close()
-            return None
-        undo.callback(back)
-    return undo.close
+        if any(name.startswith(f"{path}." if path else "") for name in changed):
+            said = _Fit(graph, changes, twin, path, m, {}).foresee()
+            if said is None:
+                found.back()
+                return None
+            if isinstance(said, str):
+                found.notes.append(said)
+            else:
+                found.undo.callback(said)
+    return found
+
+
+class Foreseen:
+    """What was said before the proof: how to take it back, and what a report should tell once it is proved."""
+
+    def __init__(self) -> None:
+        self.undo = ExitStack()
+        self.notes: list[str] = []
+
+    def back(self) -> None:
+        """Make the configurations and the twin what they were."""
+        self.undo.close()
+
+
+def _changed(graph: FXView) -> set[str]:
+    """Names of stored tensors that have another shape now."""
+    return {
+        alias
+        for name, w in graph.weights.items()
+        if name in graph.originals and tuple(graph.originals[name].shape) != w.shape
+        for alias in w.aliases
+    }
 
 
 def _dropped(graph: FXView) -> dict[str, tuple[int, list[int]]]:
@@ -108,10 +131,9 @@ class _Fit(Search):
 
     def run(self) -> str:
         """Change the configuration; returns a note where that is not possible."""
+        if uneven := self._uneven():
+            return uneven
         name = type(self.config).__name__
-        uneven = self._uneven()
-        if uneven:
-            return f"{name} stays as it was, because layers have other widths than their like ({uneven}): {_WAY_OUT}"
         self.known, self.read = _BUILT.pop(self.module, (self.known, self.read))
         found = self._search()
         built = self._build(found)
@@ -130,20 +152,33 @@ class _Fit(Search):
                 return ""
         return f"{name} stays as it was: {reasons[0]}; load the result with fl.load_pruned"
 
-    def foresee(self) -> Callable[[], None] | None:
-        """Change configuration and integer attributes at the first guess, if that is the answer; the way back."""
-        if self._uneven():
-            return None
+    def foresee(self) -> Callable[[], None] | str | None:
+        """Change configuration and integer attributes at the first guess, if that is the answer; the way back.
+
+        A note where no configuration can be the answer.
+        """
+        if uneven := self._uneven():
+            return uneven
         guess = self._named(self.evidence)
         built = self._build(guess)
+        wanted = self._wanted_where_held()
+        if built is None or self._apart(built):
+            if torn := self._torn(wanted):
+                return torn
+        better = {**guess, **{e: next(iter(sizes)) for e, sizes in wanted.items() if len(sizes) == 1}}
+        better = {e: v for e, v in better.items() if v != self.entries[e]}
+        if better != guess:
+            guess, built = better, self._build(better)
         if built is None or self._apart(built):
             _BUILT[self.module] = self.known, self.read
             return None
         found = {e: v for e, v in guess.items() if self._is_read(e)}
         if found != guess and self._read_as_a_whole() and self._signature(found) != self._signature(guess):
             return None
-        held = [self.entries[e] for e in found]
+        held, placed = [self.entries[e] for e in found], set(self.places.values())
         for entry in [e for e in found if held.count(self.entries[e]) > 1]:  # which of them says the size now?
+            if entry in placed:
+                continue  # a module holds it as it is
             without = {e: v for e, v in found.items() if e != entry}
             if self._signature(without) == self._signature(guess):
                 found = without
@@ -162,6 +197,31 @@ class _Fit(Search):
             _restore(old)
 
         return back
+
+    def _wanted_where_held(self) -> dict[str, dict[int, str]]:
+        """Per entry that torch's own layers hold as it is: the sizes that these layers have in the twin, and where."""
+        twins = dict(modules_of(self.module))
+        wanted: dict[str, dict[int, str]] = {}
+        for (path, name, i), entry in self.places.items():
+            m = twins.get(path)
+            if m is not None and handled(m):
+                value = vars(m).get(name)
+                if i is not None:
+                    value = value[i] if isinstance(value, (tuple, list)) and i < len(value) else None
+                if type(value) is int:
+                    wanted.setdefault(entry, {}).setdefault(value, f"{path}.{name}")
+        return wanted
+
+    def _torn(self, wanted: Mapping[str, Mapping[int, str]]) -> str:
+        """Why no values give the widths: one entry that would have to be several sizes at once, as layers hold it."""
+        if any(value is None and self._is_read(e) for e, value in self.entries.items()):
+            return ""  # set, such an entry may take the place of another
+        for entry, sizes in wanted.items():
+            if len(sizes) > 1:
+                name = type(self.config).__name__
+                both = " and ".join(f"{size} ({where})" for size, where in sizes.items())
+                return f"{name} stays as it was, because its {entry} would have to be {both} at once: {_WAY_OUT}"
+        return ""
 
     def _named(self, evidence: Mapping[int, list[int]]) -> Entries:
         """Each entry of an old size with the size in its place; of those with one size, what modules call their own."""
@@ -184,16 +244,18 @@ class _Fit(Search):
         return {len(m) for _, m in modules_of(self.module) if isinstance(m, nn.ModuleList)}
 
     def _uneven(self) -> str:
-        """A weight whose counterpart in another layer (the same name but for numbers) had its shape and has it not."""
+        """A note where a weight's counterpart in another layer (the same name but for numbers) has other widths now."""
         prefix = f"{self.path}." if self.path else ""
         seen: dict[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]] = {}
         for name, now in self.shapes.items():
             before = self.graph.originals.get(prefix + name)
             if before is not None:
-                like = ".".join("#" if part.isdigit() else part for part in name.split("."))
+                like = ".".join(["#" if part.isdigit() else part for part in name.split(".")])
                 other, size = seen.setdefault((like, tuple(before.shape)), (name, now))
                 if size != now:
-                    return f"{other}: {list(size)}, {name}: {list(now)}"
+                    apart = f"{other}: {list(size)}, {name}: {list(now)}"
+                    why = f"because layers have other widths than their like ({apart})"
+                    return f"{type(self.config).__name__} stays as it was, {why}: {_WAY_OUT}"
         return ""
 
     # ---- proof ---------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def _updates(kind: type) -> list[Callable[[Any, Nodes], None]]:
 
 def handled(module: nn.Module) -> bool:
     """Are this layer's sizes kept by :func:`update_layers`? (MultiheadAttention's head count is not.)"""
-    return any(isinstance(module, types) for types, _ in _UPDATES) and not isinstance(module, nn.MultiheadAttention)
+    kind: Any = type(module)
+    return bool(_updates(kind)) and not isinstance(module, nn.MultiheadAttention)
 
 
 def _attr(nodes: Nodes, op: str, key: str) -> Any:

@@ -56,12 +56,13 @@ def _written(graph: FXView, tensors: dict[str, torch.Tensor]) -> tuple[nn.Module
     else:
         check = Check(graph)
         if graph.mode is None:
-            back = foresee(graph, twin)
+            foreseen = foresee(graph, twin)
             same = replays(graph, twin, tensors)
-            if back is not None and (same or check(twin) is None):
+            if foreseen is not None and (same or check(twin) is None):
+                graph.notes += [note for note in foreseen.notes if note not in graph.notes]
                 return twin, True
-            if back is not None:
-                back()
+            if foreseen is not None:
+                foreseen.back()
                 same = replays(graph, twin, tensors)
             if same or same is None and _patched_replays(graph, twin, tensors):
                 return twin, False
