@@ -14,7 +14,7 @@ from .groups import AxisGroup, AxisGroups, axis_groups
 from .holders import CHECKPOINTS, is_optimizer_state, on_checkpoint, on_file, on_optimizer, on_optimizer_state
 from .ir import Graph, Node, Weight
 from .ops.table import get_rule
-from .plans import Plan, groups_of_plan, plan_of
+from .plans import Plan, as_plan, groups_of_plan, positions_left
 from .positions import kept_positions, spread
 from .quantized import dequantizer, is_numeric, zero_points
 from .space import Atom, atoms
@@ -59,7 +59,7 @@ def select(groups: AxisGroups, kept: Mapping[AxisGroup, np.ndarray]) -> Plan:
 
 def apply_kept(groups: AxisGroups, kept: Mapping[AxisGroup, np.ndarray]) -> Plan:
     """Keep what :func:`groups_of_plan` returned (checked there): subsets, new orders, or both, in place."""
-    return _gather(groups, {g.atom: np.asarray(k, dtype=np.int64) for g, k in kept.items()})
+    return _gather(groups, {g.atom: np.array(k, dtype=np.int64) for g, k in kept.items()})
 
 
 def permute(groups: AxisGroups, orders: Mapping[AxisGroup, np.ndarray]) -> Plan:
@@ -70,7 +70,7 @@ def permute(groups: AxisGroups, orders: Mapping[AxisGroup, np.ndarray]) -> Plan:
             raise ConstraintError(
                 "not a permutation of the group's indices", node=g.name, expected=f"0..{g.size - 1} once each"
             )
-    return _gather(groups, {g.atom: np.asarray(o, dtype=np.int64) for g, o in orders.items()})
+    return _gather(groups, {g.atom: np.array(o, dtype=np.int64) for g, o in orders.items()})
 
 
 def scale(groups: AxisGroups, factors: Mapping[AxisGroup, np.ndarray]) -> None:
@@ -105,11 +105,12 @@ def _gather(groups: AxisGroups, selection: dict[Atom, np.ndarray]) -> Plan:
     graph, re = groups.graph, Resize(groups.analysis, selection)
     if not selection:
         return Plan({}, {})
-    plan = plan_of(groups, selection)
+    left = positions_left(groups, selection)
+    plan = as_plan(groups, left)
     changes = [(n, c) for n in graph.nodes if (c := _update(re, n))]
     predicted = {v: re.shape(v) for v in graph.values.values() if v in groups.analysis.spaces and v.weight is None}
-    for name, axes in plan.weights.items():
-        graph.slice_weight(graph.weight(name), {a: np.asarray(k, dtype=np.int64) for a, k in axes.items()})
+    for name, axes in left.items():
+        graph.slice_weight(graph.weight(name), axes)
     for node, change in changes:
         for key in [k for k in change if k.startswith("input:")]:
             value = graph.add_weight(f"{node.name}_index", change.pop(key))

@@ -188,15 +188,25 @@ def _groups(model: Any, example_inputs: Any) -> AxisGroups:
 
 def plan_of(groups: AxisGroups, selection: Selection) -> Plan:
     """The plan that keeps ``selection[atom]`` of each atom: every member's positions, nothing applied."""
-    weights: PlanData = {}
+    return as_plan(groups, positions_left(groups, selection))
+
+
+def positions_left(groups: AxisGroups, selection: Selection) -> dict[str, dict[int, np.ndarray]]:
+    """Per weight and axis the positions that are kept; axes that keep what another keeps may share the array."""
+    found: dict[str, dict[int, np.ndarray]] = {}
     for atom in selection:
         group = groups.by_atom(atom)
         assert group is not None
         for m in group.members:
-            axes = weights.setdefault(m.weight.name, {})
+            axes = found.setdefault(m.weight.name, {})
             if m.axis not in axes:
-                axes[m.axis] = kept_positions(m.space, selection).tolist()
-    return Plan.of(groups.graph, weights)
+                axes[m.axis] = kept_positions(m.space, selection)
+    return found
+
+
+def as_plan(groups: AxisGroups, left: Mapping[str, Mapping[int, np.ndarray]]) -> Plan:
+    """The plan of :func:`positions_left`."""
+    return Plan.of(groups.graph, {name: {a: k.tolist() for a, k in axes.items()} for name, axes in left.items()})
 
 
 def complete(groups: AxisGroups, given: Plan | Mapping[str, Mapping[int, Sequence[int]]]) -> Plan:

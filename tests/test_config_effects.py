@@ -116,7 +116,9 @@ def _as_it_was(model: Any, pruned: Any) -> None:
 
 
 @pytest.mark.parametrize("positions, builds", [(32, 2), (20, 1)])
-def test_layers_tell_which_entries_hold_a_size_by_chance(built: list[dict[str, Any]], positions: int, builds: int) -> None:
+def test_layers_tell_which_entries_hold_a_size_by_chance(
+    built: list[dict[str, Any]], positions: int, builds: int
+) -> None:
     """As many positions as channels: the embedding that keeps its rows says that this entry stays."""
     torch.manual_seed(0)
     transformers = timm_models.transformers()

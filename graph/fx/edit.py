@@ -11,6 +11,7 @@ from torch import fx
 
 from ..errors import ConstraintError
 from ..ir import Node, Value, Weight
+from .alike import alike, merged, same
 from .build import build_call
 from .ops import Call, dtype_name, native_name, read, tensor_operands
 from .propagate import fixes_a_size, meta_of, propagate, sync_baked_sizes
@@ -31,17 +32,12 @@ class FXEdits(FXView):
     def slice_weight(self, weight: Weight, kept: dict[int, np.ndarray]) -> None:
         """See Graph.slice_weight. The gather runs on the weight's own device."""
         new = self.tensors[weight.name].detach()
-        for axis, indices in sorted(kept.items()):
-            if not -new.ndim <= axis < new.ndim:
-                raise ConstraintError("no such axis", node=weight.name, expected=f"< {new.ndim}", found=axis)
-            wanted = np.asarray(indices, dtype=np.int64)
-            if len(wanted) and (wanted.min() < 0 or wanted.max() >= new.shape[axis]):
-                raise ConstraintError(
-                    "index out of range", node=weight.name, value=f"axis {axis}", expected=f"< {new.shape[axis]}"
-                )
-            new = new.index_select(axis, torch.as_tensor(wanted, device=new.device))
-            known = self.kept.setdefault(weight.name, {})
-            known[axis] = known[axis][wanted] if axis in known else wanted
+        wanted = {axis: np.asarray(indices, dtype=np.int64) for axis, indices in sorted(kept.items())}
+        for axis, indices in wanted.items():
+            new = self._picks.gather(new, axis, indices, weight.name)
+        known = self.kept.setdefault(weight.name, {})
+        for axis, indices in wanted.items():
+            known[axis] = known[axis][indices] if axis in known else indices
         self._put_tensor(weight, new)
 
     def adopt_tensor(self, weight: Weight, tensor: torch.Tensor) -> None:
@@ -64,6 +60,8 @@ class FXEdits(FXView):
             value.native.meta["val"] = meta_of(self.mode, new)
             value.shape, value.hint, value.dtype = self.describe(value.native.meta["val"])
             self._dirty.update(value.native.users)
+            if old.dtype != new.dtype:
+                self._plain.difference_update(value.native.users)
             for user in list(value.native.users):
                 if sync_baked_sizes(user):
                     self._resync(self._node_of[user])
@@ -110,7 +108,7 @@ class FXEdits(FXView):
         """See Graph.set_attr. Raises ConstraintError for an attribute that the ATen call cannot express."""
         for key, value in attrs.items():
             spec = read(node.native)
-            if key in spec.attrs and _same(spec.attrs[key], value):
+            if key in spec.attrs and same(spec.attrs[key], value):
                 continue
             if key not in spec.write:
                 raise ConstraintError(
@@ -129,7 +127,7 @@ class FXEdits(FXView):
         self._dirty.add(node.native)
         self._resync(node)
         for key, value in attrs.items():
-            node.attrs[key] = _merged(node.attrs.get(key), value)
+            node.attrs[key] = merged(node.attrs.get(key), value)
 
     def _resync(self, node: Node) -> None:
         """Reread one canonical node after its fx call changed."""
@@ -342,25 +340,29 @@ class FXEdits(FXView):
         for node in list(self.fx.nodes):
             if node.op != "call_function":
                 continue
-            if node not in self._dirty and not any(i in changed for i in node.all_input_nodes):
+            if node not in self._dirty and not any([i in changed for i in node.all_input_nodes]):
                 continue
-            sync_baked_sizes(node)
+            synced = sync_baked_sizes(node)
             old, new = node.meta.get("val"), propagate(self.mode, node)
             node.meta["val"] = new
-            if not _alike(old, new):
+            if not alike(old, new):
                 changed.add(node)
-            self._redescribe(node)
+                if getattr(old, "dtype", None) != getattr(new, "dtype", None):
+                    self._plain.difference_update(node.users)  # numbers beside it take its dtype
+            self._redescribe(node, synced or node not in self._plain)
         self._dirty.clear()
+        self._picks.forget()
 
-    def _redescribe(self, native: fx.Node) -> None:
+    def _redescribe(self, native: fx.Node, reread: bool) -> None:
+        """The shapes of a call's values anew, and the call itself where its reading looks at sizes."""
         node = self._node_of.get(native)
         val = native.meta.get("val")
         if node is None:
-            value = self._value_of.get(native)
-            if value is not None:
+            if (value := self._value_of.get(native)) is not None:
                 value.shape, value.hint, value.dtype = self.describe(val)
             return
-        self._resync(node)
+        if reread:
+            self._resync(node)
         for value, part in zip(node.outputs, val if isinstance(val, (list, tuple)) else [val], strict=True):
             value.shape, value.hint, value.dtype = self.describe(part)
 
@@ -372,28 +374,3 @@ def _identifier(name: str) -> str:
 
 def _is_static(value: Value | None) -> bool:
     return value is None or value.shape is None or all(isinstance(d, int) for d in value.shape)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _same(a: Any, b: Any) -> bool:
-    return bool(_plain(a) == _plain(b))
-
-
-def _merged(current: Any, wanted: Any) -> Any:
-    """What was asked, where given; entries asked as None keep what the call says."""
-    if isinstance(wanted, (list, tuple)) and isinstance(current, (list, tuple)) and len(wanted) == len(current):
-        return [c if w is None else w for c, w in zip(current, wanted, strict=True)]
-    return current if wanted is None and current is not None else wanted
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.device.type == b.device.type == "meta" and type(a) is type(b) is torch.Tensor:
-            return a.dtype == b.dtype and a.shape == b.shape  # of a recorded call: numbers
-        return a.dtype == b.dtype and [str(s) for s in a.shape] == [str(s) for s in b.shape]
-    return type(a) is type(b) and str(a) == str(b)

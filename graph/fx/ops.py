@@ -48,7 +48,13 @@ def _signature(target: Any) -> tuple[Any, str, tuple[Any, ...], dict[str, int], 
 
 
 class Call:
-    """One fx call with its arguments addressed by schema name (or position, for Python functions)."""
+    """One fx call with its arguments addressed by schema name (or position, for Python functions).
+
+    Attributes:
+        looked: whether somebody asked for the size of an operand or of the result.
+    """
+
+    looked = False
 
     def __init__(self, node: fx.Node) -> None:
         self.node = node
@@ -119,10 +125,13 @@ class Call:
 
     # ---- facts about values ----------------------------------------------------------------------------------
     def val(self, item: Any) -> Any:
+        """What stands for a value: a tensor with its size."""
+        self.looked = True
         return item.meta.get("val") if isinstance(item, fx.Node) else item
 
     def rank(self, name: str | int) -> int:
-        v = self.val(self.get(name))
+        v = self.get(name)
+        v = v.meta.get("val") if isinstance(v, fx.Node) else v
         return v.ndim if isinstance(v, torch.Tensor) else 0
 
     def axis(self, value: int, rank: int) -> int:
@@ -209,9 +218,13 @@ def known(node: fx.Node) -> bool:
 
 def read(node: fx.Node) -> Spec:
     """The canonical reading of a call; op ``"opaque"`` with every tensor operand where there is none."""
+    return read_call(Call(node))
+
+
+def read_call(call: Call) -> Spec:
+    """:func:`read`, of a call that is looked at anyway; what the reading asks of it is noted there."""
     _load_families()
-    call = Call(node)
-    reader = _READERS.get(packet(node))
+    reader = _READERS.get(packet(call.node))
     spec = reader(call) if reader is not None else None
     return spec if spec is not None else _opaque(call)
 

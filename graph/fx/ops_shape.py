@@ -121,7 +121,7 @@ def _split(c: Call) -> Spec | None:
     axis = c.axis(c.get("dim"), c.rank("self"))
     sizes = c.get("split_sizes", c.get("split_size"))
     if not isinstance(sizes, (list, tuple)):
-        sizes = [v.shape[axis] for v in c.node.meta["val"]]
+        sizes = [v.shape[axis] for v in c.val(c.node)]
 
     def put(new: Any) -> None:
         c.retarget(aten.split_with_sizes.default, c.get("self"), [int(s) for s in new], axis)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import ConstraintError
 from . import custom
@@ -22,6 +22,15 @@ _PLAIN: dict[Any, Any] = {
 }
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode that a captured graph's fake tensors belong to."""
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, FakeTensor):
+            return val.fake_mode
+    return FakeTensorMode()
 
 
 def meta_of(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..errors import ConstraintError
@@ -20,7 +20,9 @@ from ..ir import Dim, Graph, Node, Value, Weight
 from .copying import copy_view
 from .extract import Cut
 from .functional import Pure
-from .ops import Call, Slot, Spec, dtype_name, native_name, read
+from .ops import Call, Slot, dtype_name, native_name, read_call
+from .picks import Picks
+from .propagate import fake_mode
 from .record import Recorded
 from .source import location_of, scope_of
 from .tensors import from_numpy, frozen, storage_key, to_numpy
@@ -72,6 +74,8 @@ class FXView(Graph):
         self.rewritten = ""
         self.sizes: dict[str, int] = dict(found.sizes)
         self._dirty: set[fx.Node] = set()
+        self._plain: set[fx.Node] = set()  # calls whose reading looks at no size
+        self._picks = Picks()
         self._seen_used: set[str] = set()
         self._node_of: dict[fx.Node, Node] = {}
         self._value_of: dict[fx.Node, Value] = {}
@@ -84,7 +88,7 @@ class FXView(Graph):
         self.notes = [*found.notes, *pure.notes]
         self.in_spec = pure.in_spec
         self.out_spec = pure.out_spec
-        self.mode: FakeTensorMode | None = None if isinstance(pure, Recorded) else _fake_mode(self.fx)
+        self.mode: FakeTensorMode | None = None if isinstance(pure, Recorded) else fake_mode(self.fx)
         self._adopt_weights(pure)
         self._build(names or {})
         self._seen_used = set(self.weights)
@@ -211,14 +215,16 @@ class FXView(Graph):
         self._read_into(made)
         return made
 
-    def _read_into(self, node: Node) -> Spec:
+    def _read_into(self, node: Node) -> None:
         """Fill op, inputs, attributes of a canonical node from its fx call."""
-        call, spec = Call(node.native), read(node.native)
+        call = Call(node.native)
+        spec = read_call(call)
+        if not call.looked:
+            self._plain.add(node.native)
         old = {v.name: v for v in node.inputs if v is not None and v.literal is not None}
         node.op, node.attrs, node.origin = spec.op, spec.attrs, native_name(node.native)
         node.inputs = [self._operand(node, call, slot, old) for slot in spec.operands]
         node.dynamic = [self._value_of[n] for n in spec.dynamic if n in self._value_of]
-        return spec
 
     def _operand(self, node: Node, call: Call, slot: Slot, old: dict[str, Value]) -> Value | None:
         item = call.operand(slot)
@@ -389,11 +395,3 @@ class FXView(Graph):
             names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
         names += [f"arg_{i}" for i in range(len(names), count)]
         return names + keywords
-
-
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    for node in graph.nodes:
-        val = node.meta.get("val")
-        if isinstance(val, FakeTensor):
-            return val.fake_mode
-    return FakeTensorMode()
