@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .config_entries import is_config, sizes_of
 from .walk import modules_of, tensors_of
@@ -100,16 +102,20 @@ def _generating(like: Any) -> Iterator[None]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without data and buffers with it: cheap, and tables can be compared."""
-    original = nn.Module.register_parameter
+    """Modules built inside have parameters without data and buffers with it: cheap, and tables can be compared.
 
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        original(self, name, param)
+    By torch's own hook: patching nn.Module would make Python look up the methods of its thousands of subclasses anew.
+    """
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    thread = get_ident()
+
+    def without_data(_: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+        if param.is_meta or get_ident() != thread:
+            return None
+        return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    handle = register_module_parameter_registration_hook(without_data)
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        handle.remove()

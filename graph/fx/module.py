@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ConstraintError
 from .check import Check
+from .copies import copied_with
 from .hf_config import foresee, update_configs
 from .layers import update_layers
 from .modes import trainable_module
@@ -21,7 +22,6 @@ from .place import NotExpressible, place, simplify
 from .replay import replays
 from .shorten import dead_entries, shorten
 from .tensors import storage_key
-from .trace import copied_with, module_tensors
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -211,9 +211,9 @@ def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
     module = graph.source.module
     assert module is not None
     by_key = {storage_key(graph.originals[n]): tensors[n] for n in tensors if n in graph.originals}
-    replace: dict[int, torch.Tensor] = {}
     fresh: dict[tuple[Any, ...], torch.Tensor] = {}
-    for key, tensor in module_tensors(module).items():
+
+    def give(tensor: torch.Tensor) -> torch.Tensor:
         where = storage_key(tensor)
         new = by_key.get(where) if tensor.numel() else None
         if new is None:
@@ -222,9 +222,10 @@ def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
             new = (
                 nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new.data
             )
-        replace[key] = new
+        return new
+
     try:
-        twin = copied_with(module, replace)
+        twin = copied_with(module, give)
     except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
         raise NotExpressible(f"the module cannot be copied ({error})") from error
     added = [n for n in graph.weights if n not in graph.originals]

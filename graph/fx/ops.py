@@ -213,16 +213,31 @@ def known(node: fx.Node) -> bool:
         return True
     _load_families()
     reader = _READERS.get(packet(node))
-    return reader is not None and reader(Call(node)) is not None
+    if reader is None or (spec := reader(call := Call(node))) is None:
+        return False
+    node.meta[_READ] = call, spec, node.args, node.kwargs
+    return True
+
+
+_READ = "foldline_reading"
+"""What :func:`known` found, kept for the reading that follows."""
+
+
+def read_once(node: fx.Node) -> tuple[Call, Spec]:
+    """The call and its reading: as :func:`known` has just found it, if the call is still the same, else anew."""
+    call, spec, args, kwargs = node.meta.pop(_READ, (None, None, None, None))
+    if call is not None and call.node is node and node.args is args and node.kwargs is kwargs:
+        return call, spec
+    call = Call(node)
+    return call, _read(call)
 
 
 def read(node: fx.Node) -> Spec:
     """The canonical reading of a call; op ``"opaque"`` with every tensor operand where there is none."""
-    return read_call(Call(node))
+    return _read(Call(node))
 
 
-def read_call(call: Call) -> Spec:
-    """:func:`read`, of a call that is looked at anyway; what the reading asks of it is noted there."""
+def _read(call: Call) -> Spec:
     _load_families()
     reader = _READERS.get(packet(call.node))
     spec = reader(call) if reader is not None else None

@@ -9,9 +9,9 @@ from torch import nn
 
 from ..errors import FoldlineError
 from ..ir import Node
+from .copies import structural_copy
 from .layers import handled
 from .modes import trainable_module
-from .trace import structural_copy
 
 if TYPE_CHECKING:
     from .view import FXView

@@ -14,7 +14,7 @@ from ..errors import ConfigError, ConstraintError, ModelFileError
 from ..holders import take
 from ..plans import Plan
 from .config_entries import configs, integer_entries, set_entry, sizes_of
-from .trace import structural_copy
+from .copies import structural_copy
 
 STRUCTURE = "structure.json"
 

@@ -18,12 +18,13 @@ from torch._ops import _pop_mode_from_pre_dispatch, _set_mode_pre_dispatch, unse
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
+from .copies import copied_with
 from .frames import user_frame
 from .functional import by_identity, make_functional
 from .known_values import NotKnown, data_of, reads
 from .shortcuts import shortcut
 from .tensors import storage_key
-from .trace import Capture, copied_with, tensors_held
+from .trace import Capture
 from .walk import calls_forward_only, modules_of
 
 aten = torch.ops.aten
@@ -129,34 +130,34 @@ class Tape(SchemaCheckMode):
     def _stand_in(self, module: nn.Module) -> nn.Module:
         """What is called: a copy of the module on meta tensors."""
         names: dict[int, tuple[str, str]] = {}
-        modules = modules_of(module)
-        for path, m in modules:
+        for path, m in modules_of(module):
             prefix = f"{path}." if path else ""
             for n, parameter in m._parameters.items():
                 names.setdefault(id(parameter), (prefix + n, "parameter"))
             for n, buffer in m._buffers.items():
                 if names.get(id(buffer), ("", "parameter"))[1] == "parameter":
                     names[id(buffer)] = prefix + n, "buffer"
-        replace: dict[int, torch.Tensor] = {}
         same: dict[tuple[Any, ...], torch.Tensor] = {}
-        for key, t in tensors_held([m for _, m in modules]).items():
-            where = (*storage_key(t), t.dtype) if t.numel() else (key,)
+
+        def give(t: torch.Tensor) -> torch.Tensor:
+            where = (*storage_key(t), t.dtype) if t.numel() else (id(t),)
             meta = same.get(where)
             own = isinstance(t, nn.Parameter)
             if meta is None or own != isinstance(meta, nn.Parameter):
                 meta = t.detach() if t.is_meta else meta_like(t)
                 meta = nn.Parameter(meta, requires_grad=False) if own else meta
                 same[where] = meta
-                name, kind = names.get(key, (f"constant_{len(self.weights)}", "constant"))
+                name, kind = names.get(id(t), (f"constant_{len(self.weights)}", "constant"))
                 self.weights[id(meta)] = (name, kind, t)
-            replace[key] = meta
+                self.keep.append(meta)  # ids stay unique while the tensors live
+            return meta
+
         try:
-            twin = copied_with(module, replace)
+            twin = copied_with(module, give)
         except Exception as error:  # copying runs user code (__deepcopy__, __setstate__)
             raise CannotRecord(f"the module cannot be copied ({error})") from error
-        self.keep = list(same.values())  # ids stay unique while the tensors live
         for name, m in modules_of(twin):
-            m.training = False
+            m.__dict__["training"] = False
             if not name:
                 continue
             if calls_forward_only(m):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+from functools import lru_cache
 
 import torch
 from torch import fx
@@ -22,12 +23,16 @@ def scope_of(node: fx.Node) -> str:
     return path.split("@")[0]
 
 
+@lru_cache(maxsize=1024)
+def _told(path: str, number: int, function: str) -> str:
+    short = "/".join(path.replace("\\", "/").split("/")[-2:])
+    return f"{short}:{number} in {function}: {linecache.getline(path, number).strip()}"
+
+
 def location_of(node: fx.Node) -> str:
     """``file:line in function: code`` of the last line of the user's model on the node's stack."""
     if (recorded := node.meta.get("line")) is not None:
-        path, number, function = recorded
-        short = "/".join(path.replace("\\", "/").split("/")[-2:])
-        return f"{short}:{number} in {function}: {linecache.getline(path, number).strip()}"
+        return _told(*recorded)
     lines = (node.meta.get("stack_trace") or "").splitlines()
     best = ""
     for i, line in enumerate(lines):

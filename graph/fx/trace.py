@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import traceback
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from types import FunctionType
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
+from .copies import structural_copy
 from .quiet import quiet_torch
 from .walk import modules_of, tensors_of
 
@@ -70,113 +68,6 @@ def normalize_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return (example,), {}
-
-
-_ATOMS = frozenset(
-    (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size, FunctionType)
-)
-_DICTS = frozenset((dict, OrderedDict))
-_TABLES = frozenset(("_parameters", "_buffers"))
-
-
-def _tensors_in(item: Any, found: dict[int, torch.Tensor], depth: int = 0) -> None:
-    kind = type(item)
-    if kind in _ATOMS or kind is OrderedDict and not item:
-        return
-    if isinstance(item, torch.Tensor):
-        found[id(item)] = item
-    elif depth < 4 and isinstance(item, (list, tuple, set)):
-        for x in item:
-            _tensors_in(x, found, depth + 1)
-    elif depth < 4 and isinstance(item, dict):
-        for x in item.values():
-            _tensors_in(x, found, depth + 1)
-
-
-def module_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Every tensor a module tree holds (parameters, buffers, plain attributes), by id."""
-    return tensors_held([m for _, m in modules_of(model)])
-
-
-def tensors_held(modules: Iterable[nn.Module]) -> dict[int, torch.Tensor]:
-    """Every tensor these modules hold, those of their submodules left out, by id."""
-    found: dict[int, torch.Tensor] = {}
-    for module in modules:
-        for name, item in module.__dict__.items():
-            kind = type(item)
-            if kind in _ATOMS or (kind in _DICTS and not item) or name == "_modules":
-                continue  # nearly all there is: hooks, flags, and the submodules that come up themselves
-            if name in _TABLES:
-                for t in item.values():
-                    if t is not None:
-                        found[id(t)] = t
-            else:
-                _tensors_in(item, found, 1)
-    return found
-
-
-def structural_copy(model: nn.Module, replace: Mapping[int, torch.Tensor] | None = None) -> nn.Module:
-    """A deep copy of the module tree that shares its tensors, except where ``replace`` (by id) gives another one."""
-    return copied_with(model, {**module_tensors(model), **(replace or {})})
-
-
-def copied_with(model: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
-    """A deep copy of the module tree that holds ``tensors``, by id, for all those of :func:`module_tensors`."""
-    copied: nn.Module = _copy(model, dict(tensors))
-    return copied
-
-
-def _copy(item: Any, memo: dict[int, Any]) -> Any:
-    """copy.deepcopy, with the plain cases (which are nearly all of a module tree) done here: several times faster."""
-    kind: Any = type(item)
-    if kind in _ATOMS:
-        return item
-    known = memo.get(id(item))
-    if known is not None:
-        return known
-    if kind in _DICTS:
-        made: Any = kind()
-        if not item:
-            return made
-        memo[id(item)] = made
-        for k, v in item.items():
-            if type(v) not in _ATOMS:
-                known = memo.get(id(v))
-                v = _copy(v, memo) if known is None else known
-            made[k if type(k) is str else _copy(k, memo)] = v
-        return made
-    if kind in (tuple, set) and all(type(v) in _ATOMS for v in item):
-        return item if kind is tuple else set(item)
-    if kind is list:
-        made = []
-        memo[id(item)] = made
-        made.extend(_copy(v, memo) for v in item)
-        return made
-    if isinstance(item, nn.Module) and _plain(kind):
-        made = kind.__new__(kind)
-        memo[id(item)] = made
-        state: dict[str, Any] = {}
-        for k, v in item.__getstate__().items():  # type: ignore[attr-defined]
-            held = type(v)
-            state[k] = v if held in _ATOMS else held() if held in _DICTS and not v else _copy(v, memo)
-        if kind.__setstate__ is nn.Module.__setstate__:
-            made.__dict__.update(state)  # what it adds to states of old files is there already
-        else:
-            made.__setstate__(state)
-        return made
-    return copy.deepcopy(item, memo)
-
-
-@cache
-def _plain(kind: type) -> bool:
-    """Does copying an object of this class mean copying its ``__dict__``?"""
-    return (
-        not hasattr(kind, "__deepcopy__")
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__reduce__ is object.__reduce__
-        and kind.__getstate__ in (object.__getstate__, getattr(nn.Module, "__getstate__", None))  # type: ignore[attr-defined]
-        and not any("__slots__" in c.__dict__ for c in kind.__mro__)
-    )
 
 
 class _EvalView:

@@ -20,7 +20,7 @@ from ..ir import Dim, Graph, Node, Value, Weight
 from .copying import copy_view
 from .extract import Cut
 from .functional import Pure
-from .ops import Call, Slot, dtype_name, native_name, read_call
+from .ops import Call, Slot, dtype_name, native_name, read_once
 from .picks import Picks
 from .propagate import fake_mode
 from .record import Recorded
@@ -217,8 +217,7 @@ class FXView(Graph):
 
     def _read_into(self, node: Node) -> None:
         """Fill op, inputs, attributes of a canonical node from its fx call."""
-        call = Call(node.native)
-        spec = read_call(call)
+        call, spec = read_once(node.native)
         if not call.looked:
             self._plain.add(node.native)
         old = {v.name: v for v in node.inputs if v is not None and v.literal is not None}

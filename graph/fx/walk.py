@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 
 def modules_of(root: nn.Module, *, repeated: bool = False) -> list[tuple[str, nn.Module]]:
     """(path, module) of every module, parents first; one that occurs twice once, unless ``repeated``."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-    open_: list[tuple[str, Any]] = [("", root)]
-    while open_:
-        path, m = open_.pop()
-        if not repeated:
-            if id(m) in seen:
+    found: list[tuple[str, nn.Module]] = [("", root)]
+    seen = {id(root)}
+
+    def visit(prefix: str, children: dict[str, nn.Module | None]) -> None:
+        for name, child in children.items():
+            if child is None:
                 continue
-            seen.add(id(m))
-        found.append((path, m))
-        children = m._modules
-        if children:
-            prefix = f"{path}." if path else ""
-            open_ += [(prefix + name, child) for name, child in reversed(children.items()) if child is not None]
+            if not repeated:
+                if id(child) in seen:
+                    continue
+                seen.add(id(child))
+            path = prefix + name
+            found.append((path, child))
+            if inner := child._modules:
+                visit(path + ".", inner)
+
+    visit("", root._modules)
     return found
 
 

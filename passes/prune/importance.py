@@ -66,7 +66,7 @@ def importance(
     for g in chosen:
         parts = known.parts(g, evidence)
         if parts:
-            scores[g] = _checked(g, _reduce([_relative(p) for p in parts] if known.relative else parts, reduction))
+            scores[g] = _checked(g, _reduce(_relative(np.stack(parts)) if known.relative else np.stack(parts), reduction))
     return scores
 
 
@@ -103,17 +103,16 @@ def _checked(g: AxisGroup, scores: Any) -> np.ndarray:
     return scores
 
 
-def _relative(scores: np.ndarray) -> np.ndarray:
-    mean = float(scores.mean())
-    return scores / mean if mean > 0 else scores
+def _relative(parts: np.ndarray) -> np.ndarray:
+    """Each member's scores (a row) over their mean."""
+    means = parts.mean(axis=1, keepdims=True)
+    means[~(means > 0)] = 1
+    return np.asarray(parts / means)
 
 
-def _reduce(parts: list[np.ndarray], reduction: Reduction) -> np.ndarray:
-    stacked = np.stack(parts)
+def _reduce(parts: np.ndarray, reduction: Reduction) -> np.ndarray:
     if reduction == "first":
-        return parts[0]
-    if reduction == "product":
-        return np.asarray(stacked.prod(axis=0))
-    if reduction == "max":
-        return np.asarray(stacked.max(axis=0))
-    return np.asarray(stacked.sum(axis=0) if reduction == "sum" else stacked.mean(axis=0))
+        return np.asarray(parts[0])
+    function = {"product": np.multiply, "max": np.maximum}.get(reduction, np.add)
+    found = function.reduce(parts, axis=0)
+    return np.asarray(found / len(parts) if reduction == "mean" else found)

@@ -54,6 +54,8 @@ def _norms_along(data: np.ndarray, axis: int, order: float) -> np.ndarray:
         data = data.astype(np.float32)
     size = data.shape[axis]
     x = data.reshape(prod(data.shape[:axis]), size, -1)
+    if order == 2 and data.size <= 4096:  # one block
+        return np.einsum("pnq,pnq->n", x, x).astype(np.float64)
     total = np.zeros(size)
     for rows in range(0, len(x), 256):
         for columns in range(0, x.shape[2], 4096):
