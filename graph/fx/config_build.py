@@ -109,12 +109,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
     thread = get_ident()
 
-    def without_data(_: nn.Module, name: str, param: nn.Parameter) -> nn.Parameter | None:
+    def without_data(_: nn.Module, name: str, param: nn.Parameter) -> Any:
         if param.is_meta or get_ident() != thread:
             return None
         return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
 
-    handle = register_module_parameter_registration_hook(without_data)
+    hook: Any = without_data  # torch's annotation says that it returns nothing; what it returns takes the place
+    handle = register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:

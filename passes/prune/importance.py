@@ -66,7 +66,8 @@ def importance(
     for g in chosen:
         parts = known.parts(g, evidence)
         if parts:
-            scores[g] = _checked(g, _reduce(_relative(np.stack(parts)) if known.relative else np.stack(parts), reduction))
+            rows = _relative(np.stack(parts)) if known.relative else np.stack(parts)
+            scores[g] = _checked(g, _reduce(rows, reduction))
     return scores
 
 
