@@ -12,7 +12,8 @@ them, else its own size. Each step of a model runs in a process of its own, 10 G
   or torch's older exporter without any folding (``--exporter torchscript``, several times faster). Where the one asked
   for fails the other is taken; the table tells which.
 - fold: ``P.fold`` on the file as exported, both run with ONNX Runtime's graph optimizations off. "error" is relative to
-  the largest number of the output; wrong is above 1e-4, another shape, or NaN where there was none.
+  the largest number of the output; wrong is above 1e-4 (unless the exported file is about as far from the module in
+  float64: rounding that the network amplifies), another shape, or NaN where there was none.
 - prune: ``P.prune(file, ratio=0.5, verify=True)`` on the exporter's optimized file, nothing else said. Good is: fewer
   parameters, runs in ONNX Runtime as users run it, outputs of the same shapes and finite. "error" is the sliced model
   against the masked original, over the groups whose cut axis carries no statistic, relative to the largest output.
@@ -109,6 +110,21 @@ def fold(folder: str) -> dict[str, Any]:
     return {"nodes": [len(proto.graph.node), len(folded.graph.node)], "error": error, "seconds": seconds}
 
 
+def against_double(name: str, folder: str, pixels: int | None) -> dict[str, Any]:
+    """How far both files are from the module in float64: a network that amplifies rounding errors tells them apart."""
+    import onnx
+    import torch
+    from foldline import passes as P
+    from torch.utils import _pytree as pytree
+
+    proto, feeds = onnx.load(Path(folder) / "raw.onnx"), dict(np.load(Path(folder) / "inputs.npz"))
+    model, inputs = build(name, pixels)
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+    truth = [architectures.output_of(model.double(), inputs).numpy()]
+    exported, folded = (run(m, feeds, optimized=False) for m in (proto, P.fold(proto, verify=False).model))
+    return {"from_double": [worst(truth, [m[0].astype(np.float64)]) for m in (exported, folded)]}
+
+
 def prune(folder: str) -> dict[str, Any]:
     import onnx
     from foldline import passes as P
@@ -158,6 +174,8 @@ def measure(name: str, exporter: str, limit: float, timeout: float, keep: Path |
         }
         if "failed" not in found["export"] and "skipped" not in found["export"]:
             found["fold"] = isolated(fold, folder, limit=timeout)
+            if found["fold"].get("error", 0) > WRONG:
+                found["fold"] |= isolated(against_double, name, folder, found["export"]["pixels"], limit=timeout)
             found["prune"] = isolated(prune, folder, limit=timeout)
         if keep is not None and failed(found) and "failed" not in found["export"]:
             at = keep / name.replace(":", "_")
@@ -173,8 +191,12 @@ def failed(found: dict[str, Any]) -> bool:
 
 
 def wrong(found: dict[str, Any]) -> bool:
-    """Whether the folded model computes something else."""
-    return "error" in found.get("fold", {}) and not found["fold"]["error"] <= WRONG
+    """Whether the folded model computes something else: not the exported one, and further from float64 than it."""
+    fold = found.get("fold", {})
+    if "error" not in fold or fold["error"] <= WRONG:
+        return False
+    before, after = fold.get("from_double", (0.0, math.inf))
+    return not after <= 2 * before
 
 
 def results(path: Path | None) -> dict[str, dict[str, Any]]:
@@ -193,6 +215,8 @@ def row(found: dict[str, Any]) -> str:
     folded, pruned = found["fold"], found["prune"]
     nodes = "-" if "failed" in folded else f"{folded['nodes'][1]}"
     error = folded["failed"] if "failed" in folded else ("WRONG " if wrong(found) else "") + f"{folded['error']:.1e}"
+    if "from_double" in folded:
+        error += " (from float64: {:.1e} exported, {:.1e} folded)".format(*folded["from_double"])
     if "failed" in pruned:
         left = pruned["failed"]
     else:
