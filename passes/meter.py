@@ -40,17 +40,23 @@ def _peak() -> int | None:
 
 @dataclass
 class Meter:
-    """``with Meter() as m: ...`` then ``m.seconds`` and ``m.peak_bytes`` (None where the system does not tell)."""
+    """``with Meter() as m: ...`` then ``m.seconds`` and ``m.peak_bytes`` (None where the system does not tell).
 
+    ``memory=False``: the time only.
+    """
+
+    memory: bool = True
     seconds: float = 0.0
     peak_bytes: int | None = None
     _start: float = field(default=0.0, repr=False)
 
     def __enter__(self) -> Meter:
-        _reset_peak()
+        if self.memory:
+            _reset_peak()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.seconds = time.perf_counter() - self._start
-        self.peak_bytes = _peak()
+        if self.memory:
+            self.peak_bytes = _peak()

@@ -223,7 +223,7 @@ class Pipeline:
         rtol: float | None,
     ) -> tuple[Graph, Outcome, PassRecord]:
         """Run one pass on a clone and check what came of it."""
-        checking = Meter()
+        checking = Meter(memory=False)
         try:
             with Meter() as meter:
                 ctx.last = i + 1 == len(self.passes)

@@ -41,7 +41,9 @@ def clean(graph: fx.Graph, known: Callable[[fx.Node], bool]) -> None:
             graph.erase_node(node)
         elif packet(node) in ("aten.view", "aten.reshape", "aten._unsafe_view") and len(node.args) > 1:
             _infer_composite_size(node)
-    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or has_effect(n))
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
+            graph.erase_node(node)
 
 
 def is_full_slice(args: Sequence[Any]) -> bool:

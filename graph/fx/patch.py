@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
+from ..ir import Dim
 from .layers import handled
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Evidence: TypeAlias = dict[int, set[int]]
 """Old size -> sizes that took its place (itself included where one stayed)."""
+Shape: TypeAlias = tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,14 @@ def _pairs(old: Any, new: Any) -> list[tuple[int, int]]:
     return []
 
 
+def _note(evidence: Evidence, old: Shape | None, new: Shape | None) -> None:
+    """Every size of a shape beside what it is now; nothing where the rank is another one."""
+    if old is not None and new is not None and len(old) == len(new):
+        for a, b in zip(old, new, strict=True):
+            if type(a) is int and type(b) is int:
+                evidence[a].add(b)
+
+
 _SIZE_ATTRS = frozenset(
     ("shape", "sizes", "groups", "starts", "ends", "repeats", "normalized_shape", "pads", "factor", "index")
 )
@@ -72,14 +82,14 @@ class SizeChanges:
             for key in [k for k in record.attrs if k in _SIZE_ATTRS]:
                 for old, new in _pairs(record.attrs[key], node.attrs.get(key)):
                     self.attrs[record.scope][old].add(new)
+            made = self.shapes[record.scope]
             for before, value in zip(record.shapes, node.outputs, strict=False):
-                for old, new in _pairs(before, value.shape):
-                    self.shapes[record.scope][old].add(new)
+                _note(made, before, value.shape)
         for name, weight in graph.weights.items():
             if name in graph.originals:
-                for old, new in _pairs(tuple(graph.originals[name].shape), weight.shape):
-                    for alias in weight.aliases:
-                        self.shapes[alias.rpartition(".")[0]][old].add(new)
+                before = tuple(graph.originals[name].shape)
+                for alias in weight.aliases:
+                    _note(self.shapes[alias.rpartition(".")[0]], before, weight.shape)
 
     def candidates(self, path: str, size: int) -> list[int]:
         """Sizes that ``size`` may have become in the module at ``path``, most likely first; [size] if it stayed.

@@ -22,6 +22,7 @@ _BY_NAME = frozenset(("_modules", "_parameters", "_buffers"))
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
 _HOOKS = frozenset((dict, OrderedDict, set))
 _MAX_DEPTH = 6
+_MISSING = object()
 
 
 def sizes_apart(mine: nn.Module, built: nn.Module) -> Sizes | None:
@@ -52,21 +53,20 @@ def _alike(m: nn.Module, other: nn.Module, same: Mapping[int, nn.Module], found:
     mine, theirs = vars(m), vars(other)
     sizes: dict[str, Any] | None = None
     for key, value in theirs.items():
-        if key not in mine:
-            if key in _WORTHLESS:
-                continue
-            return False
-        own = mine[key]
-        if own is value or key in _BY_NAME or key in _WORTHLESS:
+        own = mine.get(key, _MISSING)
+        if own is value or key in _WORTHLESS or key in _BY_NAME:
             continue
-        if type(own) is type(value) and type(value) in _HOOKS and not own and not value:
+        kind = type(value)
+        if type(own) is not kind:
+            return False
+        if kind in _HOOKS and not own and not value:
             continue
         if not _equal(own, value, same):
             sizes = dict(sizes_of(m)) if sizes is None else sizes
-            if key not in sizes or type(value) is not type(own):
+            if key not in sizes:
                 return False
             found.append((m, key, value))
-    return all(key in theirs or key in _WORTHLESS for key in mine)
+    return mine.keys() - theirs.keys() <= _WORTHLESS
 
 
 def _shape(t: torch.Tensor | None) -> Any:

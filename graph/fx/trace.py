@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError
 from .copies import structural_copy
 from .quiet import quiet_torch
-from .walk import modules_of, tensors_of
+from .walk import modules_of
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -210,9 +210,10 @@ def describe(model: nn.Module, example_inputs: Any) -> Capture:
     """What is known before anything runs: the bare module, its flags and the example call."""
     model, notes = _unwrapped(model)
     args, kwargs = normalize_call(example_inputs)
-    if any([t.is_meta for _, t in tensors_of(model)]):
+    modules = modules_of(model, repeated=True)
+    if any([t is not None and t.is_meta for _, m in modules for t in (*m._parameters.values(), *m._buffers.values())]):
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
-    training = {name: m.training for name, m in modules_of(model, repeated=True)}
+    training = {name: m.training for name, m in modules}
     return Capture(None, model, args, kwargs, training, notes=notes)
 
 

@@ -233,9 +233,9 @@ class FXView(Graph):
             return self._value_of.get(item)
         name = f"{node.native.name}.{slot[0]}" + ("" if slot[1] is None else f".{slot[1]}")
         data = self._literal(call, item)
-        before = old.get(name)
-        if before is not None and before.literal is not None and np.array_equal(before.literal, data):
-            return before
+        if (before := old.get(name)) is not None and before.literal is not None:
+            if before.literal.dtype == data.dtype and np.array_equal(before.literal, data):
+                return before
         value = Value(name, (), (), str(data.dtype), literal=data)
         self.values[name] = value
         return value
