@@ -143,3 +143,14 @@ def test_two_entries_of_one_size_need_one_build(built: list[dict[str, Any]]) -> 
     now = result.model.config
     assert (now.hidden_size, now.word_embed_proj_dim, now.ffn_dim) == (16, 16, 32)
     assert len(built) == 1
+
+
+def test_a_model_in_half_precision_needs_one_build_too(built: list[dict[str, Any]]) -> None:
+    torch.manual_seed(0)
+    transformers = timm_models.transformers()
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+    config = transformers.BertConfig(**sizes, max_position_embeddings=20)
+    model = transformers.BertForSequenceClassification(config).eval().bfloat16()
+    result = P.prune(model, {"input_ids": torch.randint(3, 50, (2, 6))}, ratio=0.5, verify=False)
+    assert result.model.config.hidden_size == 16 and {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    assert len(built) == 1

@@ -46,8 +46,10 @@ def sizes_apart(mine: nn.Module, built: nn.Module) -> Sizes | None:
 def _alike(m: nn.Module, other: nn.Module, same: Mapping[int, nn.Module], found: Sizes) -> bool:
     if type(m) is not type(other) or m._parameters.keys() != other._parameters.keys():
         return False
-    if any(_shape(p) != _shape(other._parameters[k]) for k, p in m._parameters.items()):
-        return False
+    for k, p in m._parameters.items():
+        like = other._parameters[k]
+        if (p is None) is not (like is None) or p is not None and p.shape != like.shape:  # type: ignore[union-attr]
+            return False  # the dtype is that of what is loaded
     if not _equal(m._buffers, other._buffers, same):
         return False
     mine, theirs = vars(m), vars(other)
