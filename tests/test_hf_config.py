@@ -55,6 +55,34 @@ def build(t: Any, name: str) -> tuple[nn.Module, Any]:
             ),
             {"pixel_values": torch.randn(2, 3, 32, 32)},
         ),
+        "swin": lambda: (
+            t.SwinForImageClassification(
+                t.SwinConfig(
+                    image_size=32,
+                    patch_size=2,
+                    embed_dim=16,
+                    depths=[2, 2],
+                    num_heads=[2, 4],
+                    window_size=4,
+                    num_labels=4,
+                )
+            ),
+            {"pixel_values": torch.randn(2, 3, 32, 32)},
+        ),
+        "convnextv2": lambda: (
+            t.ConvNextV2ForImageClassification(
+                t.ConvNextV2Config(hidden_sizes=[16, 32, 48, 64], depths=[1, 2, 1, 1], num_labels=4)
+            ),
+            {"pixel_values": torch.randn(2, 3, 64, 64)},
+        ),
+        "resnet": lambda: (
+            t.ResNetForImageClassification(
+                t.ResNetConfig(
+                    embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], layer_type="bottleneck", num_labels=4
+                )
+            ),
+            {"pixel_values": torch.randn(2, 3, 32, 32)},
+        ),
     }
     model, x = made[name]()
     with torch.no_grad():
@@ -71,11 +99,16 @@ EXPECTED = {
     "qwen2": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 28},
     "t5": {"num_heads": 2, "d_ff": 28},
     "vit": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 28},
+    "swin": {"embed_dim": 8, "num_heads": [1, 2], "hidden_size": 16},
+    "convnextv2": {"hidden_sizes": [8, 16, 24, 32]},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [16, 32]},
 }
 
 
-def integers(config: Any) -> dict[str, int]:
-    return {k: v for k, v in config.to_dict().items() if type(v) is int}
+def integers(config: Any) -> dict[str, Any]:
+    """Entries that hold an integer, or a list of them."""
+    entries = config.to_dict().items()
+    return {k: v for k, v in entries if type(v) is int or isinstance(v, list) and all(type(i) is int for i in v)}
 
 
 def logits(model: nn.Module, x: Any) -> torch.Tensor:

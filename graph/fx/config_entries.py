@@ -11,6 +11,7 @@ from torch import nn
 from .walk import modules_of
 
 Entries: TypeAlias = dict[str, int | None]
+_MAX_ITEMS = 16
 
 
 def is_config(item: Any) -> bool:
@@ -29,24 +30,47 @@ def configs(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def integer_entries(config: Any) -> Entries:
-    """Entries of a configuration that hold an integer or nothing yet; those of inner configurations dotted."""
+    """Entries of a configuration that hold an integer or nothing yet.
+
+    Those of inner configurations are dotted, items of lists (a width per stage) are numbered: ``hidden_sizes[0]``.
+    """
     found: Entries = {}
     for name, value in vars(config).items():
         if name.startswith("_"):
             continue
         if type(value) is int or value is None:
             found[name] = value
+        elif type(value) in (list, tuple):
+            if 0 < len(value) <= _MAX_ITEMS and all([type(v) is int for v in value]):
+                found |= {f"{name}[{i}]": v for i, v in enumerate(value)}
         elif is_config(value):
             found |= {f"{name}.{k}": v for k, v in integer_entries(value).items()}
     return found
 
 
-def set_entry(config: Any, name: str, value: int | None) -> None:
-    """Change one entry of :func:`integer_entries`."""
+def place_of(config: Any, name: str) -> tuple[Any, str, int | None]:
+    """(configuration that holds an entry, its attribute, position in it if that is a list)."""
     *path, leaf = name.split(".")
     for part in path:
         config = getattr(config, part)
-    setattr(config, leaf, value)
+    attribute, _, item = leaf.partition("[")
+    return config, attribute, int(item[:-1]) if item else None
+
+
+def set_entry(config: Any, name: str, value: int | None) -> None:
+    """Change one entry of :func:`integer_entries`; a list is replaced by another one."""
+    owner, attribute, i = place_of(config, name)
+    if i is None:
+        setattr(owner, attribute, value)
+    else:
+        items = list(held := getattr(owner, attribute))
+        items[i] = value
+        setattr(owner, attribute, type(held)(items))
+
+
+def attribute_of(name: str) -> str:
+    """The attribute that holds an entry, without where it is."""
+    return name.rpartition(".")[2].partition("[")[0]
 
 
 def sizes_of(m: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from .config_entries import Entries, configs, is_config
+from .config_entries import Entries, configs, is_config, place_of
 from .walk import modules_of
 
 Places: TypeAlias = dict[tuple[str, str, int | None], str]
@@ -26,14 +26,19 @@ def mark(config: Any, entries: Entries) -> None:
     """Let the integer entries of a configuration know their names."""
     for name, value in entries.items():
         if value is not None:
-            *path, leaf = name.split(".")
-            owner = config
-            for part in path:
-                owner = vars(owner)[part]
-            now = vars(owner).get(leaf)
-            if type(now) is int:
-                made = vars(owner)[leaf] = Marked(now)
-                made.entry = name
+            owner, attribute, i = place_of(config, name)
+            held = vars(owner)
+            now = held.get(attribute)
+            if i is None and type(now) is int:
+                held[attribute] = _marked(now, name)
+            elif i is not None and type(now) in (list, tuple) and i < len(now):
+                held[attribute] = type(now)([*now[:i], _marked(now[i], name), *now[i + 1 :]])
+
+
+def _marked(value: int, name: str) -> Marked:
+    made = Marked(value)
+    made.entry = name
+    return made
 
 
 def unmark(built: nn.Module) -> Places:
@@ -59,5 +64,7 @@ def forget(config: Any) -> None:
     for name, value in held.items():
         if type(value) is Marked:
             held[name] = int(value)
+        elif type(value) in (list, tuple) and any([type(v) is Marked for v in value]):
+            held[name] = type(value)([int(v) if type(v) is Marked else v for v in value])
         elif is_config(value):
             forget(value)

@@ -13,9 +13,11 @@ from torch import nn
 
 from .config_build import all_sizes, apart, built_from, entries_read, shapes_of
 from .config_effects import Effects, Misses, Tables, tables
-from .config_entries import Entries, integer_entries, set_entry, shorter_lists
+from .config_entries import Entries, attribute_of, integer_entries, set_entry, shorter_lists
 from .config_marks import Places, forget, mark, unmark
+from .layers import handled
 from .patch import SizeChanges
+from .walk import modules_of
 
 if TYPE_CHECKING:
     from .view import FXView
@@ -74,8 +76,41 @@ class Search:
                             counts[size] = counts.get(size, 0) + 1
         return {old: sorted(c, key=lambda s: (-c[s], -s)) for old, c in votes.items()}
 
-    def _search(self) -> Entries:
+    def _options(self) -> dict[str, list[int]]:
+        """Entries that may have to change, and to what; what torch's own layers say of those they hold is so."""
         options = {e: self.evidence[v] for e, v in self.entries.items() if v is not None and v in self.evidence}
+        if self.places:
+            placed = set(self.places.values())
+            for e in [e for e in options if "[" in e and e not in placed]:
+                del options[e]  # an item of a list that no module holds says how many, or how often
+        for e, sizes in self._held().items():
+            if len(sizes) == 1:
+                options[e] = list(sizes)
+                if options[e] == [self.entries[e]]:
+                    del options[e]
+        return options
+
+    def _corrected(self, guess: Entries) -> Entries:
+        """A guess with what torch's own layers say."""
+        said = {e: next(iter(sizes)) for e, sizes in self._held().items() if len(sizes) == 1}
+        return {e: v for e, v in {**guess, **said}.items() if v != self.entries[e]}
+
+    def _held(self) -> dict[str, dict[int, str]]:
+        """Per entry that torch's own layers hold as it is: the sizes that these layers have in the twin, and where."""
+        twins = dict(modules_of(self.module))
+        wanted: dict[str, dict[int, str]] = {}
+        for (path, name, i), entry in self.places.items():
+            m = twins.get(path)
+            if m is not None and handled(m):
+                value = vars(m).get(name)
+                if i is not None:
+                    value = value[i] if isinstance(value, (tuple, list)) and i < len(value) else None
+                if type(value) is int:
+                    wanted.setdefault(entry, {}).setdefault(value, f"{path}.{name}")
+        return wanted
+
+    def _search(self) -> Entries:
+        options = self._options()
         best: Entries = {e: o[0] for e, o in options.items()}
         if self._tensors(best):
             self._see(best)
@@ -190,7 +225,7 @@ class Search:
 
     def _wanted(self, found: Entries, entry: str) -> list[int]:
         """Sizes that may be missing: of an attribute of the entry's name, and of the axes that do not fit yet."""
-        leaf = entry.rpartition(".")[2]
+        leaf = attribute_of(entry)
         named = [v for (_, k), v in self.sizes.items() if k == leaf and isinstance(v, int)]
         built = self._build(found)
         have = {} if built is None else shapes_of(built)
@@ -216,15 +251,14 @@ class Search:
     def _build(self, found: Entries) -> nn.Module | None:
         key = tuple(sorted(found.items()))
         if key not in self.known:
-            first = not self.known
-            with entries_read(self.config) if first else nullcontext(self.read) as read:
-                self.known[key] = self._built(found, first)
+            with nullcontext(self.read) if self.known else entries_read(self.config) as read:
+                self.known[key] = self._built(found, not self.places)
             self.read |= read
         return self.known[key]
 
     def _is_read(self, entry: str) -> bool:
         """Whether a build looks at an entry of this name at all."""
-        return entry.rpartition(".")[2] in self.read
+        return attribute_of(entry) in self.read
 
     def _read_as_a_whole(self) -> bool:
         """Whether a build saw entries otherwise than by their names: all of them at once, as a dict or as a copy."""

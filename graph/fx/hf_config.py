@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .config_build import shapes_of
-from .config_entries import Entries, configs, integer_entries, is_config, set_entry
+from .config_entries import Entries, attribute_of, configs, integer_entries, is_config, set_entry
+from .config_marks import Places
 from .config_search import Search
-from .layers import handled
 from .patch import SizeChanges
 from .same_state import sizes_apart
 from .shorten import dead_entries
@@ -27,7 +28,7 @@ _WAY_OUT = (
     "load the result with fl.load_pruned, or prune with equal=True (equal widths over layers) and leave whole, or cut "
     "alike, what the configuration ties together"
 )
-_BUILT: WeakKeyDictionary[nn.Module, tuple[dict[Any, nn.Module | None], set[str]]] = WeakKeyDictionary()
+_BUILT: WeakKeyDictionary[nn.Module, tuple[dict[Any, nn.Module | None], set[str], Places]] = WeakKeyDictionary()
 """What was built for a module whose configuration was not clear at once, for the search that follows."""
 
 
@@ -134,7 +135,7 @@ class _Fit(Search):
         if uneven := self._uneven():
             return uneven
         name = type(self.config).__name__
-        self.known, self.read = _BUILT.pop(self.module, (self.known, self.read))
+        self.known, self.read, self.places = _BUILT.pop(self.module, (self.known, self.read, self.places))
         found = self._search()
         built = self._build(found)
         if built is None:
@@ -161,16 +162,17 @@ class _Fit(Search):
             return uneven
         guess = self._named(self.evidence)
         built = self._build(guess)
-        wanted = self._wanted_where_held()
+        better = self._corrected(guess)
         if built is None or self._apart(built):
-            if torn := self._torn(wanted):
+            if torn := self._torn():
                 return torn
-        better = {**guess, **{e: next(iter(sizes)) for e, sizes in wanted.items() if len(sizes) == 1}}
-        better = {e: v for e, v in better.items() if v != self.entries[e]}
+            placed = set(self.places.values())
+            also = {e: sizes[0] for e, sizes in self._options().items() if e in placed}
+            better = {**{e: v for e, v in better.items() if e not in placed}, **also}
         if better != guess:
             guess, built = better, self._build(better)
         if built is None or self._apart(built):
-            _BUILT[self.module] = self.known, self.read
+            _BUILT[self.module] = self.known, self.read, self.places
             return None
         found = {e: v for e, v in guess.items() if self._is_read(e)}
         if found != guess and self._read_as_a_whole() and self._signature(found) != self._signature(guess):
@@ -184,10 +186,10 @@ class _Fit(Search):
                 found = without
         sizes = sizes_apart(self.module, built)
         if sizes is None:
-            _BUILT[self.module] = self.known, self.read
+            _BUILT[self.module] = self.known, self.read, self.places
             return None
         before = [(m, name, getattr(m, name)) for m, name, _ in sizes]
-        old = self._say(built, found)
+        old = self._say(built, found, derived=found != guess)
         for m, name, value in sizes:
             setattr(m, name, value)
 
@@ -198,25 +200,11 @@ class _Fit(Search):
 
         return back
 
-    def _wanted_where_held(self) -> dict[str, dict[int, str]]:
-        """Per entry that torch's own layers hold as it is: the sizes that these layers have in the twin, and where."""
-        twins = dict(modules_of(self.module))
-        wanted: dict[str, dict[int, str]] = {}
-        for (path, name, i), entry in self.places.items():
-            m = twins.get(path)
-            if m is not None and handled(m):
-                value = vars(m).get(name)
-                if i is not None:
-                    value = value[i] if isinstance(value, (tuple, list)) and i < len(value) else None
-                if type(value) is int:
-                    wanted.setdefault(entry, {}).setdefault(value, f"{path}.{name}")
-        return wanted
-
-    def _torn(self, wanted: Mapping[str, Mapping[int, str]]) -> str:
+    def _torn(self) -> str:
         """Why no values give the widths: one entry that would have to be several sizes at once, as layers hold it."""
         if any(value is None and self._is_read(e) for e, value in self.entries.items()):
             return ""  # set, such an entry may take the place of another
-        for entry, sizes in wanted.items():
+        for entry, sizes in self._held().items():
             if len(sizes) > 1:
                 name = type(self.config).__name__
                 both = " and ".join(f"{size} ({where})" for size, where in sizes.items())
@@ -234,7 +222,7 @@ class _Fit(Search):
             own: list[str] = []
             if len(entries) > 1:
                 called = {name for _, name in self.sizes}
-                own = [e for e in entries if e.rpartition(".")[2] in called]
+                own = [e for e in entries if attribute_of(e) in called]
                 own = own or [e for e in entries if not ("layer" in e and value in self._counts())]
             found |= dict.fromkeys(own or entries, evidence[value][0])
         return found
@@ -288,17 +276,25 @@ class _Fit(Search):
         _restore(old)
         return "the module reads it when it runs"
 
-    def _say(self, built: nn.Module, found: Entries) -> list[tuple[Any, Entries]]:
-        """Take over what the configurations of a built module say in the entries found; what ours said before."""
+    def _say(self, built: nn.Module, found: Entries, derived: bool = True) -> list[tuple[Any, Entries]]:
+        """Take over what the configurations of a built module say in the entries found; what ours said before.
+
+        ``derived``: take over, too, what a class computes from its arguments (Swin's ``hidden_size``).
+        """
         old = [(c, integer_entries(c)) for _, c in configs(self.module)]
         here = dict(modules_of(built))
-        leaves = {n.rpartition(".")[2] for n in found}
+        leaves = {attribute_of(n) for n in found}
         for path, config in configs(self.module):
+            computed = _as_made(config) if derived else {}
             like = vars(here[path]).get("config") if path in here else None
             if like is not None:
                 for name, value in integer_entries(like).items():
-                    if name.rpartition(".")[2] in leaves:
+                    if attribute_of(name) in leaves:
                         set_entry(config, name, value)
+            now = _as_made(config) if derived else {}
+            for name, value in integer_entries(config).items():
+                if value is not None and value == computed.get(name) != now.get(name) is not None:
+                    set_entry(config, name, now[name])
         return old
 
     def _example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -327,6 +323,16 @@ class _Fit(Search):
             return None, []
         tensors = [t for t in pytree.tree_leaves(seen[0][1]) if torch.is_tensor(t)]
         return seen[0][0], [t.clone() for t in tensors]
+
+
+def _as_made(config: Any) -> Entries:
+    """The entries of a configuration made anew from the arguments of its class, and what it computes from them."""
+    kind = type(config)
+    taken = getattr(kind, "__dataclass_fields__", None) or inspect.signature(kind.__init__).parameters
+    try:
+        return integer_entries(kind.from_dict({k: v for k, v in config.to_dict().items() if k in taken}))
+    except Exception:  # user code: a class that is made in another way; then nothing is known to be computed
+        return {}
 
 
 def _restore(old: list[tuple[Any, Entries]]) -> None:
