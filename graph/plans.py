@@ -192,7 +192,7 @@ def plan_of(groups: AxisGroups, selection: Selection) -> Plan:
 
 
 def positions_left(groups: AxisGroups, selection: Selection) -> dict[str, dict[int, np.ndarray]]:
-    """Per weight and axis the positions that are kept; axes that keep what another keeps may share the array."""
+    """Per weight and axis the positions that are kept, read-only: axes that keep the same may share the array."""
     found: dict[str, dict[int, np.ndarray]] = {}
     for atom in selection:
         group = groups.by_atom(atom)
@@ -201,6 +201,7 @@ def positions_left(groups: AxisGroups, selection: Selection) -> dict[str, dict[i
             axes = found.setdefault(m.weight.name, {})
             if m.axis not in axes:
                 axes[m.axis] = kept_positions(m.space, selection)
+                axes[m.axis].flags.writeable = False
     return found
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 def test_one_array_makes_one_index_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    original = torch.as_tensor
-    monkeypatch.setattr(torch, "as_tensor", lambda *a, **k: made.append(1) or original(*a, **k))
+    original = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(1) or original(*a, **k))
     picks, wanted = Picks(), np.array([3, 0, 2])
     a, b = torch.arange(12.0).reshape(4, 3), torch.arange(8.0).reshape(2, 4)
     assert torch.equal(picks.gather(a, 0, wanted, "a"), a[[3, 0, 2]])
@@ -31,6 +31,18 @@ def test_outside_is_refused_by_name() -> None:
         with pytest.raises(fl.ConstraintError, match=found) as told:
             picks.gather(t, axis, np.array(wanted), "layer.weight")
         assert told.value.node == "layer.weight"
+
+
+def test_an_array_that_changes_meanwhile_is_what_it_was_when_given() -> None:
+    layer = nn.Linear(4, 6)
+    graph = fl.load(layer, torch.ones(2, 4))
+    wanted = np.array([0, 1, 2])
+    graph.slice_weight(graph.weight("weight"), {0: wanted})
+    wanted[:] = [3, 4, 5]
+    graph.slice_weight(graph.weight("bias"), {0: wanted})
+    graph.refresh()
+    assert torch.equal(graph.tensors["weight"], layer.weight[:3]) and torch.equal(graph.tensors["bias"], layer.bias[3:])
+    assert graph.kept["weight"][0].tolist() == [0, 1, 2]
 
 
 class Halved(nn.Module):

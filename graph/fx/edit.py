@@ -14,6 +14,7 @@ from ..ir import Node, Value, Weight
 from .alike import alike, merged, same
 from .build import build_call
 from .ops import Call, dtype_name, native_name, read, tensor_operands
+from .picks import fixed
 from .propagate import fixes_a_size, meta_of, propagate, sync_baked_sizes
 from .tensors import from_numpy
 from .view import FXView
@@ -32,7 +33,7 @@ class FXEdits(FXView):
     def slice_weight(self, weight: Weight, kept: dict[int, np.ndarray]) -> None:
         """See Graph.slice_weight. The gather runs on the weight's own device."""
         new = self.tensors[weight.name].detach()
-        wanted = {axis: np.asarray(indices, dtype=np.int64) for axis, indices in sorted(kept.items())}
+        wanted = {axis: fixed(indices) for axis, indices in sorted(kept.items())}
         for axis, indices in wanted.items():
             new = self._picks.gather(new, axis, indices, weight.name)
         known = self.kept.setdefault(weight.name, {})

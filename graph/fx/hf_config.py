@@ -328,8 +328,8 @@ class _Fit(Search):
 def _as_made(config: Any) -> Entries:
     """The entries of a configuration made anew from the arguments of its class, and what it computes from them."""
     kind = type(config)
-    taken = getattr(kind, "__dataclass_fields__", None) or inspect.signature(kind.__init__).parameters
     try:
+        taken = getattr(kind, "__dataclass_fields__", None) or inspect.signature(kind.__init__).parameters
         return integer_entries(kind.from_dict({k: v for k, v in config.to_dict().items() if k in taken}))
     except Exception:  # user code: a class that is made in another way; then nothing is known to be computed
         return {}

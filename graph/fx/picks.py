@@ -10,8 +10,17 @@ import torch
 from ..errors import ConstraintError
 
 
+def fixed(indices: Any) -> np.ndarray:
+    """Indices as an int64 array that nobody else can change: read-only ones as they are, others copied."""
+    array = np.asarray(indices, dtype=np.int64)
+    if array.flags.writeable:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
 class Picks:
-    """Index tensors by the array they were made from; :meth:`forget` lets go of the arrays."""
+    """Index tensors by the (read-only) array they were made from; :meth:`forget` lets go of the arrays."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, torch.device], tuple[np.ndarray, torch.Tensor, int, int]] = {}
@@ -34,7 +43,7 @@ class Picks:
         key = id(wanted), device
         if key not in self._known:
             low, high = (int(wanted.min()), int(wanted.max())) if len(wanted) else (0, -1)
-            self._known[key] = wanted, torch.as_tensor(wanted, device=device), low, high
+            self._known[key] = wanted, torch.tensor(wanted, device=device), low, high
         return self._known[key]
 
     def forget(self) -> None:
