@@ -171,3 +171,30 @@ def test_what_a_module_cached_before_is_computed_anew(monkeypatch: pytest.Monkey
         hidden = (model.a(x) * model.cache["cpu"])[:, kept]
         torch.testing.assert_close(result.model(x), hidden @ model.b.weight[:, kept].T + model.b.bias)
     assert set(model.cache) == {"cpu"} and len(model.cache["cpu"]) == 8
+
+
+def test_the_modules_that_a_call_makes_for_itself_die_with_it() -> None:
+    """Without a search for cycles: the stand-in on meta tensors and what a configuration builds are a model each."""
+    import gc
+
+    from support.timm_models import transformers
+
+    library = transformers()
+    config = library.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=50
+    )
+    model = library.BertForSequenceClassification(config).eval()
+    call = {"input_ids": torch.randint(2, 50, (2, 6))}
+    P.prune(model, call, ratio=0.5, verify=False)
+    gc.collect()
+
+    def layers() -> int:
+        return sum(isinstance(x, nn.Module) for x in gc.get_objects())
+
+    before = layers()
+    gc.disable()
+    try:
+        result = P.prune(model, call, ratio=0.5, verify=False)
+        assert layers() - before == sum(1 for _ in result.model.modules())
+    finally:
+        gc.enable()

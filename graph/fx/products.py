@@ -79,8 +79,12 @@ def attention(
     mask = attn_mask if mask is None else mask
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.ndim == k.ndim == v.ndim >= 3:
         return None
-    if not q.shape[:-2] == k.shape[:-2] == v.shape[:-2] or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
         return None
+    if q.shape[:-2] != k.shape[:-2]:
+        shared = enable_gqa and q.ndim == 4 and q.shape[0] == k.shape[0] and k.shape[1] and not q.shape[1] % k.shape[1]
+        if not shared:
+            return None
     if mask is not None:
         scores = (*q.shape[:-1], k.shape[-2])
         fits = mask.ndim <= len(scores) and all(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from threading import get_ident
 from typing import Any
 
@@ -24,7 +22,7 @@ from .functional import by_identity, make_functional
 from .known_values import NotKnown, data_of, reads
 from .shortcuts import shortcut
 from .tensors import storage_key
-from .trace import Capture
+from .trace import Capture, leaf_names
 from .walk import calls_forward_only, modules_of
 
 aten = torch.ops.aten
@@ -57,7 +55,7 @@ class Recorded:
         flat, self.in_spec = pytree.tree_flatten((found.args, found.kwargs))
         tape = Tape(found.module, self.tensors)
         tape.compiling = compiling
-        args, kwargs = pytree.tree_unflatten(tape.inputs(flat, _leaf_names(found)), self.in_spec)
+        args, kwargs = pytree.tree_unflatten(tape.inputs(flat, leaf_names(found)), self.in_spec)
         try:
             result = tape.play(args, kwargs)
             leaves, self.out_spec = pytree.tree_flatten(result)
@@ -67,7 +65,7 @@ class Recorded:
         except Exception as error:  # user code on meta tensors: whatever fails there, torch.export decides
             raise CannotRecord(f"{type(error).__name__}: {str(error)[:200]}") from error
         finally:
-            del tape.twin  # its hooks know the tape: garbage that would wait for a search
+            tape.part()
             unmark(tape.graph)
         self.graph = tape.graph
         if not make_functional(self.graph):
@@ -81,27 +79,6 @@ def unmark(graph: fx.Graph) -> None:
         for t in val if isinstance(val, (list, tuple)) else (val,):
             if isinstance(t, torch.Tensor):
                 t.__dict__.pop(NODE, None)
-
-
-@lru_cache(maxsize=256)
-def _positional(function: Any) -> list[str]:
-    """Names of the arguments that may be given by position."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _leaf_names(found: Capture) -> list[str]:
-    """One name per leaf of the call: the argument's, numbered where it is a container."""
-    assert found.module is not None
-    own = getattr(found.module.forward, "__func__", None)
-    parameters = _positional(found.module.forward) if own is None else _positional(own)[1:]
-    names = [parameters[i] if i < len(parameters) else f"arg_{i}" for i in range(len(found.args))]
-    out: list[str] = []
-    for name, item in [*zip(names, found.args, strict=True), *found.kwargs.items()]:
-        count = len(pytree.tree_leaves(item))
-        plain = isinstance(item, torch.Tensor) or count == 1
-        out += [name] if plain else [f"{name}_{k}" for k in range(count)]
-    return out
 
 
 class Tape(SchemaCheckMode):
@@ -125,6 +102,7 @@ class Tape(SchemaCheckMode):
         self.fresh: dict[int, tuple[fx.Node, torch.Tensor]] = {}
         self.answered: list[Any] = []
         self.keep: list[torch.Tensor] = []
+        self.called: list[dict[str, Any]] = []
         self.twin = self._stand_in(module)
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
@@ -162,6 +140,7 @@ class Tape(SchemaCheckMode):
                 continue
             if calls_forward_only(m):
                 m.__dict__["_compiled_call_impl"] = self._called(m, (name, type(m).__name__))
+                self.called.append(m.__dict__)
             else:
                 # the twin's own dicts: torch's registration counts through all handles ever made
                 m._forward_pre_hooks[-1] = self._enter(name, type(m).__name__)
@@ -180,6 +159,12 @@ class Tape(SchemaCheckMode):
                 path.pop()
 
         return call
+
+    def part(self) -> None:
+        """Give up the twin. Its modules know their own calls, and its hooks the tape: cycles that would wait for gc."""
+        for held in self.called:
+            del held["_compiled_call_impl"]
+        del self.twin, self.called
 
     def _enter(self, name: str, kind: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:

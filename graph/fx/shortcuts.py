@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 
 from . import products
 from .functional import by_identity
+from .layouts import dense, elementwise, like, not_channels_last
 
 aten = torch.ops.aten
 Rule: TypeAlias = Callable[..., Any]
@@ -35,23 +36,26 @@ def shortcut(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _like(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Of the same layout, where torch keeps it: no gaps."""
-    if x.is_contiguous():
-        return torch.empty(x.shape, dtype=x.dtype, device="meta")
-    if not _dense(x):
+    return like(x)
+
+
+def _like_made(x: torch.Tensor, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """Of new contents: full_like and its kin, on the meta device like everything else."""
+    if any(v not in (None, False) for k, v in kwargs.items() if k != "device") or not x.is_contiguous():
         return None
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device="meta")
 
 
-def _dense(x: torch.Tensor) -> bool:
-    """Whether a tensor's elements fill a piece of memory, each once."""
-    size = 1
-    for stride, n in sorted(zip(x.stride(), x.shape, strict=True)):
-        if n > 1:
-            if stride != size:
-                return False
-            size *= n
-    return True
+def _to_dtype(x: torch.Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    if any(args) or any(kwargs.values()):
+        return None
+    if dtype == x.dtype:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device="meta") if dense(x) else None
+
+
+def _to_device(x: torch.Tensor, device: torch.device, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    return _to_dtype(x, dtype, *args, **kwargs) if device.type == "meta" else None
 
 
 def _call(name: str) -> Rule:
@@ -89,76 +93,60 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> Any:
 
 
 def _unary(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _like(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
+    return elementwise(x.dtype, x) if isinstance(x, torch.Tensor) and x.is_floating_point() else None
 
 
 def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
-    return _unary(x) if dtype in (None, x.dtype) else None
+    return like(x) if dtype in (None, x.dtype) and x.is_floating_point() else None
 
 
-def _binary(x: Any, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        return None
-    if not isinstance(y, torch.Tensor):
-        return _like(x) if isinstance(y, (int, float)) else None
-    return _together(x, y)
-
-
-def _together(x: torch.Tensor, y: torch.Tensor) -> Any:
-    if x.dtype != y.dtype:
-        return None
-    if x.shape == y.shape:
-        return _like(x) if x.is_contiguous() and y.is_contiguous() or x.stride() == y.stride() else None
-    if not (x.is_contiguous() and y.is_contiguous()):
-        return None  # torch orders the strides of the result
-    shape = _broadcast(x.shape, y.shape)
-    return None if shape is None else torch.empty(shape, dtype=x.dtype, device="meta")
-
-
-def _broadcast(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
-    """The common shape; None if there is none."""
-    wide, narrow = (a, b) if len(a) >= len(b) else (b, a)
-    shape, lead = list(wide), len(wide) - len(narrow)
-    for i, n in enumerate(narrow, lead):
-        if shape[i] == 1:
-            shape[i] = n
-        elif n not in (1, shape[i]):
-            return None
-    return shape
+def _binary(x: Any, y: Any = None, **kwargs: Any) -> Any:
+    """Two floating-point operands, or one and a number."""
+    return _together(x, y, float) if not kwargs or isinstance(y, torch.Tensor) else None
 
 
 def _sum(x: Any, y: Any = None, **kwargs: Any) -> Any:
     """Sums, differences and products of integers are integers."""
-    if isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.int32):
-        if isinstance(y, torch.Tensor):
-            return _together(x, y)
-        return _like(x) if type(y) is int else None
-    return _binary(x, y, **kwargs)
+    return _together(x, y, float if kwargs else None)
+
+
+def _lesser(x: Any, y: Any) -> Any:
+    return _together(x, y)
+
+
+def _together(x: Any, y: Any, kind: type | None = None) -> Any:
+    """Of the type that both promote to, unless that is not of the kind, or bool."""
+    if not isinstance(x, torch.Tensor) or not isinstance(y, (torch.Tensor, int, float)) or isinstance(y, bool):
+        return None
+    dtype = torch.result_type(x, y)
+    if dtype == torch.bool or (kind is float and not dtype.is_floating_point) or dtype.is_complex:
+        return None
+    tensors = (x, y) if isinstance(y, torch.Tensor) else (x,)
+    return elementwise(dtype, *tensors, common=dtype)
 
 
 def _comparison(x: torch.Tensor, y: Any) -> Any:
     if isinstance(y, torch.Tensor):
-        if y.dtype != x.dtype or y.shape != x.shape or not y.is_contiguous():
-            return None
-    elif type(y) not in (int, float, bool):
-        return None
-    return torch.empty(x.shape, dtype=torch.bool, device="meta") if x.is_contiguous() else None
+        return elementwise(torch.bool, x, y, common=torch.result_type(x, y))
+    return elementwise(torch.bool, x) if type(y) in (int, float, bool) else None
 
 
 def _where(condition: torch.Tensor, x: Any, y: Any) -> Any:
-    if not all(isinstance(t, torch.Tensor) and t.shape == condition.shape and t.is_contiguous() for t in (x, y)):
+    tensors = [t for t in (x, y) if isinstance(t, torch.Tensor)]
+    if condition.dtype != torch.bool or not tensors:
         return None
-    if x.dtype != y.dtype or condition.dtype != torch.bool or not condition.is_contiguous():
+    dtype = torch.result_type(x, y)
+    if any([t.dtype != dtype and not dense(t) for t in tensors]):
         return None
-    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return elementwise(dtype, condition, *tensors)
 
 
 def _signed(x: torch.Tensor) -> Any:
-    return _like(x) if x.dtype in (torch.int64, torch.int32) or x.is_floating_point() else None
+    return elementwise(x.dtype, x) if x.dtype in (torch.int64, torch.int32) or x.is_floating_point() else None
 
 
 def _power(x: torch.Tensor, exponent: Any) -> Any:
-    return _like(x) if x.is_floating_point() and type(exponent) in (int, float) else None
+    return elementwise(x.dtype, x) if x.is_floating_point() and type(exponent) in (int, float) else None
 
 
 def _cumulated(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
@@ -167,7 +155,7 @@ def _cumulated(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -
     return torch.empty(x.shape, dtype=dtype or _CUMULATED[x.dtype], device="meta")
 
 
-_CUMULATED = {torch.int32: torch.int64, torch.int64: torch.int64, torch.float32: torch.float32}
+_CUMULATED = {torch.bool: torch.int64, torch.int32: torch.int64, torch.int64: torch.int64, torch.float32: torch.float32}
 
 
 def _gather(x: torch.Tensor, dim: int, index: torch.Tensor, **kwargs: Any) -> Any:
@@ -185,12 +173,17 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
         return None
     dim %= rank
     for t in tensors:
-        if t.ndim != rank or t.dtype != first.dtype or (rank > 3 and (not t.is_contiguous() or _spread(t))):
+        if t.ndim != rank or t.dtype != first.dtype or (rank > 3 and not _plain(t)):
             return None
         if any(i != dim and n != m for i, (n, m) in enumerate(zip(t.shape, shape, strict=True))):
             return None
     shape[dim] = sum(t.shape[dim] for t in tensors)
     return torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _plain(t: torch.Tensor) -> bool:
+    """Whether what is made of it lies as usual: channels-last cannot be meant."""
+    return not_channels_last(t) if t.ndim == 4 and not t.is_contiguous() else t.is_contiguous() and not _spread(t)
 
 
 def _spread(t: torch.Tensor) -> bool:
@@ -284,6 +277,8 @@ _RULES: dict[Any, Rule] = {
             "max_pool2d": _max_pool,
             "contiguous": _contiguous,
             "slice": _slice,
+            "minimum maximum": _lesser,
+            "full_like zeros_like ones_like empty_like": _like_made,
         }
     ),
     **{
@@ -301,6 +296,12 @@ _RULES: dict[Any, Rule] = {
         }.items()
     },
     aten.where.self: _where,
+    aten.where.ScalarOther: _where,
+    aten.where.ScalarSelf: _where,
+    aten.min.other: _lesser,
+    aten.max.other: _lesser,
+    aten.to.dtype: _to_dtype,
+    aten.to.device: _to_device,
     aten.pow.Tensor_Scalar: _power,
 }
 """Errors of shape are torch's to report: a rule returns None unless the operands fit."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -68,6 +69,27 @@ def normalize_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return (example,), {}
+
+
+@lru_cache(maxsize=256)
+def _positional(function: Any) -> list[str]:
+    """Names of the arguments that may be given by position."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def leaf_names(found: Capture) -> list[str]:
+    """One name per leaf of the call: the argument's, numbered where it is a container."""
+    assert found.module is not None
+    own = getattr(found.module.forward, "__func__", None)
+    parameters = _positional(found.module.forward) if own is None else _positional(own)[1:]
+    names = [parameters[i] if i < len(parameters) else f"arg_{i}" for i in range(len(found.args))]
+    out: list[str] = []
+    for name, item in [*zip(names, found.args, strict=True), *found.kwargs.items()]:
+        count = len(pytree.tree_leaves(item))
+        plain = isinstance(item, torch.Tensor) or count == 1
+        out += [name] if plain else [f"{name}_{k}" for k in range(count)]
+    return out
 
 
 class _EvalView:

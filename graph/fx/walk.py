@@ -9,23 +9,25 @@ from torch import nn
 def modules_of(root: nn.Module, *, repeated: bool = False) -> list[tuple[str, nn.Module]]:
     """(path, module) of every module, parents first; one that occurs twice once, unless ``repeated``."""
     found: list[tuple[str, nn.Module]] = [("", root)]
-    seen = {id(root)}
-
-    def visit(prefix: str, children: dict[str, nn.Module | None]) -> None:
-        for name, child in children.items():
-            if child is None:
-                continue
-            if not repeated:
-                if id(child) in seen:
-                    continue
-                seen.add(id(child))
-            path = prefix + name
-            found.append((path, child))
-            if inner := child._modules:
-                visit(path + ".", inner)
-
-    visit("", root._modules)
+    _visit("", root._modules, found, None if repeated else {id(root)})
     return found
+
+
+def _visit(
+    prefix: str, children: dict[str, nn.Module | None], found: list[tuple[str, nn.Module]], seen: set[int] | None
+) -> None:
+    """Append what lies below. No closure: one that calls itself is a cycle, and would keep the modules it found."""
+    for name, child in children.items():
+        if child is None:
+            continue
+        if seen is not None:
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+        path = prefix + name
+        found.append((path, child))
+        if inner := child._modules:
+            _visit(path + ".", inner, found, seen)
 
 
 def tensors_of(root: nn.Module) -> list[tuple[str, torch.Tensor]]:
