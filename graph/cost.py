@@ -17,6 +17,8 @@ FLOATING = ("float", "bfloat")
 STATISTICS = {("batch_norm", 3), ("batch_norm", 4), ("instance_norm", 3), ("instance_norm", 4)}
 """(op, operand position) of running means and variances: data, but nobody's parameter."""
 SCALES = {("quantize", 1), ("quantize", 2), ("dequantize", 1), ("dequantize", 2), ("fake_quantize", 1)}
+_STORED = {("dequantize", 0)}
+_NO_PARAMETERS = STATISTICS | SCALES
 SIZE_OPS = frozenset(("scalar", "shape_of", "arange", "full", "random"))
 
 
@@ -88,12 +90,13 @@ def roles(weight: Weight) -> set[tuple[str, int]]:
 
 def is_parameter(weight: Weight) -> bool:
     """Whether a weight counts as a parameter: floating, not a buffer, and not a statistic, scale or size by role."""
+    floating = weight.dtype.startswith(FLOATING)
     found = {role for role in roles(weight) if role[0] not in SIZE_OPS}
-    if found and found <= {("dequantize", 0)}:
-        return weight.kind != "buffer" or not weight.dtype.startswith(FLOATING)
-    if weight.kind != "parameter" or not weight.dtype.startswith(FLOATING):
+    if found and found <= _STORED:
+        return weight.kind != "buffer" or not floating
+    if weight.kind != "parameter" or not floating:
         return False
-    return not found or not found <= STATISTICS | SCALES
+    return not found or not found <= _NO_PARAMETERS
 
 
 def is_size(weight: Weight) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -91,3 +92,21 @@ def test_what_forward_needs_survives_as_in_deepcopy() -> None:
     assert vars(twin).keys() == vars(like).keys()
     x = torch.randn(5, 2, 3)
     assert torch.equal(twin(x)[0], net(x)[0])
+
+
+def test_what_holds_nothing_to_copy_is_shared_and_tuples_are_copied_where_they_must_be() -> None:
+    class Kind(Enum):
+        ONE = 1
+
+    net = nn.ReLU()
+    inner: list[Any] = [1]
+    inner.append((inner, "itself"))
+    plain = ((7, 7), ("a", (2,)))
+    net.act, net.kind, net.plain = torch._C._nn.gelu, Kind.ONE, plain  # type: ignore[assignment]
+    net.deep, net.loop = (plain, [torch.ones(1)], {"k": (torch.ones(2),)}), inner  # type: ignore[assignment]
+    copied, wanted = structural_copy(net), copy.deepcopy(net)
+    for twin in (copied, wanted):
+        assert twin.act is net.act and twin.kind is Kind.ONE and twin.plain is plain
+        assert twin.deep is not net.deep and twin.deep[0] is plain and twin.deep[1] is not net.deep[1]
+        assert twin.loop is not inner and twin.loop[1][0] is twin.loop
+    assert copied.deep[1][0] is net.deep[1][0] and copied.deep[2]["k"][0] is net.deep[2]["k"][0]

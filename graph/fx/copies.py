@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from enum import Enum
 from functools import cache
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -18,9 +19,8 @@ from .walk import modules_of
 Give: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """What a copy holds for a tensor; asked once per tensor."""
 
-_ATOMS = frozenset(
-    (type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device, torch.Size, FunctionType)
-)
+_DATA = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+_ATOMS = frozenset((*_DATA, type, FunctionType, BuiltinFunctionType))
 _DICTS = frozenset((dict, OrderedDict))
 _MAX_DEPTH = 4
 
@@ -75,7 +75,8 @@ class _Copier:
         if isinstance(item, nn.Module) and _plain(kind):
             made = kind.__new__(kind)
             memo[id(item)] = made
-            state = dict(item.__getstate__())  # type: ignore[attr-defined]
+            state = item.__dict__.copy()  # what its __getstate__ gives
+            state.pop("_compiled_call_impl", None)
             for k, v in state.items():
                 held = type(v)
                 if held not in _ATOMS:
@@ -87,6 +88,13 @@ class _Copier:
             return made
         if kind in (tuple, set) and all([type(v) in _ATOMS for v in item]):
             return item if kind is tuple else set(item)
+        if kind is tuple:
+            parts = [self.copy(v) for v in item]
+            if id(item) not in memo:  # it may hold itself, by way of a list
+                memo[id(item)] = item if all([a is b for a, b in zip(parts, item, strict=True)]) else tuple(parts)
+            return memo[id(item)]
+        if isinstance(item, Enum):
+            return item
         if kind is list:
             made = []
             memo[id(item)] = made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -302,20 +302,27 @@ def make_functional(graph: fx.Graph) -> bool:
     return True
 
 
-def _aliased_inputs(node: fx.Node) -> Iterator[fx.Node]:
+def _aliased_inputs(node: fx.Node) -> Sequence[fx.Node]:
     """Inputs whose storage an output of this (not mutating) call may share."""
-    if node.op != "call_function":
-        return
-    if node.target is operator.getitem:
-        yield from node.all_input_nodes
-        return
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return
-    schema = node.target._schema
-    if packet(node) in _MAY_RETURN_INPUT or any(r.alias_info is not None for r in schema.returns):
-        yield from node.all_input_nodes
+    if node.op != "call_function" or not _may_alias(node.target):
+        return ()
+    return node.all_input_nodes
+
+
+@by_identity
+def _may_alias(target: Any) -> bool:
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    return packet_of(target) in _MAY_RETURN_INPUT or any(r.alias_info is not None for r in target._schema.returns)
 
 
 def has_effect(node: fx.Node) -> bool:
     """Must this call stay although nobody reads it (a buffer update)?"""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return node.op == "call_function" and _is_mutable(node.target)
+
+
+@by_identity
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

@@ -210,11 +210,12 @@ def _restructured(graph: FXView, tensors: dict[str, torch.Tensor]) -> nn.Module:
     """Copy of the caller's module with the graph's tensors, new biases, identities for removed layers, new sizes."""
     module = graph.source.module
     assert module is not None
-    by_key = {storage_key(graph.originals[n]): tensors[n] for n in tensors if n in graph.originals}
+    keys = graph.source.keys
+    by_key = {keys[graph.originals[n]]: tensors[n] for n in tensors if n in graph.originals}
     fresh: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def give(tensor: torch.Tensor) -> torch.Tensor:
-        where = storage_key(tensor)
+        where = keys[tensor]
         new = by_key.get(where) if tensor.numel() else None
         if new is None:
             new = fresh.setdefault(where, _clone(tensor))

@@ -46,7 +46,8 @@ def propagate(mode: FakeTensorMode | None, node: fx.Node) -> Any:
 
     Without a mode the graph was recorded on meta tensors, and is evaluated on them.
     """
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    args = tuple([_val(a) for a in node.args])
+    kwargs = {k: _val(a) for k, a in node.kwargs.items()}
     if mode is None:
         return _on_meta(node, args, kwargs)
     alike = _PLAIN.get(node.target) if not kwargs else None
@@ -69,6 +70,15 @@ def propagate(mode: FakeTensorMode | None, node: fx.Node) -> Any:
         if fixed:
             raise fixes_a_size(node, fixed)
     return found
+
+
+def _val(item: Any) -> Any:
+    """An argument of a call, with the values of its nodes in their places."""
+    if isinstance(item, fx.Node):
+        return item.meta.get("val")
+    if isinstance(item, (list, tuple, dict, slice)):
+        return fx.node.map_arg(item, lambda n: n.meta.get("val"))
+    return item
 
 
 def fixes_a_size(node: fx.Node, what: str) -> ConstraintError:

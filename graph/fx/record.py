@@ -21,7 +21,7 @@ from .frames import user_frame
 from .functional import by_identity, make_functional
 from .known_values import NotKnown, data_of, reads
 from .shortcuts import shortcut
-from .tensors import storage_key
+from .tensors import StorageKeys
 from .trace import Capture, leaf_names
 from .walk import calls_forward_only, modules_of
 
@@ -53,7 +53,7 @@ class Recorded:
         self.submodules: dict[str, nn.Module] = {}
         self.mode = None
         flat, self.in_spec = pytree.tree_flatten((found.args, found.kwargs))
-        tape = Tape(found.module, self.tensors)
+        tape = Tape(found.module, self.tensors, found.keys)
         tape.compiling = compiling
         args, kwargs = pytree.tree_unflatten(tape.inputs(flat, leaf_names(found)), self.in_spec)
         try:
@@ -90,10 +90,12 @@ class Tape(SchemaCheckMode):
     compiling = True
     """Models ask torch.compiler whether they are traced: the answer is that of torch.export."""
 
-    def __init__(self, module: nn.Module, tensors: dict[str, tuple[torch.Tensor, str]]) -> None:
+    def __init__(
+        self, module: nn.Module, tensors: dict[str, tuple[torch.Tensor, str]], keys: StorageKeys | None = None
+    ) -> None:
         super().__init__()
         self.graph = fx.Graph()
-        self.tensors = tensors
+        self.tensors, self.storage = tensors, keys or StorageKeys()
         self.device = next((t.device for t in module.parameters()), torch.device("cpu"))
         self.path: list[tuple[str, str]] = [("", type(module).__name__)]
         self.stacks: dict[str, dict[str, tuple[str, str]]] = {}
@@ -118,7 +120,7 @@ class Tape(SchemaCheckMode):
         same: dict[tuple[Any, ...], torch.Tensor] = {}
 
         def give(t: torch.Tensor) -> torch.Tensor:
-            where = (*storage_key(t), t.dtype) if t.numel() else (id(t),)
+            where = (*self.storage[t], t.dtype) if t.numel() else (id(t),)
             meta = same.get(where)
             own = isinstance(t, nn.Parameter)
             if meta is None or own != isinstance(meta, nn.Parameter):
@@ -271,7 +273,8 @@ class Tape(SchemaCheckMode):
         node.args = given[0]  # given at once, torch would look for symbolic numbers among them: half of the time
         if given[1]:
             node.kwargs = given[1]
-        node.meta.update(self._origin(), val=_described(out))
+        self._place(node.meta)
+        node.meta["val"] = _described(out)
         if isinstance(out, torch.Tensor):
             setattr(out, NODE, node)
             if not node.all_input_nodes or _wraps(func):
@@ -309,8 +312,9 @@ class Tape(SchemaCheckMode):
             return self.device
         return item
 
-    def _origin(self) -> dict[str, Any]:
-        return {"nn_module_stack": self._stack(), "line": user_frame()}
+    def _place(self, meta: dict[str, Any]) -> None:
+        """Note where in the model a call stands."""
+        meta["nn_module_stack"], meta["line"] = self._stack(), user_frame()
 
     def _stack(self) -> dict[str, tuple[str, str]]:
         name, kind = self.path[-1]

@@ -78,8 +78,8 @@ class _Replay(Tape):
     def _stand_in(self, module: nn.Module) -> nn.Module:
         return module
 
-    def _origin(self) -> dict[str, Any]:
-        return {}
+    def _place(self, meta: dict[str, Any]) -> None:
+        return
 
     def _given(self, leaf: torch.Tensor, node: fx.Node) -> torch.Tensor:
         return self._real(super()._given(leaf, node), leaf.device)

@@ -18,7 +18,20 @@ _BITS: dict[torch.dtype, tuple[torch.dtype, str]] = {
 
 def storage_key(t: torch.Tensor) -> tuple[Any, ...]:
     """Identity of a tensor's data: same storage, offset and layout. Works on meta tensors too."""
-    return (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), tuple(t.stride()))
+    return (t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride())
+
+
+class StorageKeys:
+    """:func:`storage_key` of tensors that are not moved while this lives, asked once for each."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[torch.Tensor, tuple[Any, ...]]] = {}  # ids stay unique while the tensors live
+
+    def __getitem__(self, t: torch.Tensor) -> tuple[Any, ...]:
+        found = self._known.get(id(t))
+        if found is None:
+            found = self._known[id(t)] = t, storage_key(t)
+        return found[1]
 
 
 def same_data(a: torch.Tensor | None, b: torch.Tensor) -> bool:

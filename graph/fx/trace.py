@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import TraceError
 from .copies import structural_copy
 from .quiet import quiet_torch
+from .tensors import StorageKeys
 from .walk import modules_of
 
 _TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
@@ -35,6 +36,7 @@ class Capture:
         training: ``training`` flag per module path, as the caller had it.
         sizes: example size of each symbol, by printed name.
         notes: what the user should know.
+        keys: which of the module's tensors share their data.
         as_run: whether a call was recorded as the module's user makes it, who is not told that it is traced.
     """
 
@@ -45,6 +47,7 @@ class Capture:
     training: dict[str, bool] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    keys: StorageKeys = field(default_factory=StorageKeys)
     as_run: bool = False
 
     @cached_property

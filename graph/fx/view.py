@@ -25,7 +25,7 @@ from .picks import Picks
 from .propagate import fake_mode
 from .record import Recorded
 from .source import location_of, scope_of
-from .tensors import from_numpy, frozen, storage_key, to_numpy
+from .tensors import from_numpy, frozen, to_numpy
 from .trace import Capture, normalize_call
 from .walk import tensors_of
 
@@ -100,21 +100,18 @@ class FXView(Graph):
     def _adopt_weights(self, pure: Pure | Recorded | Cut) -> None:
         """One get_attr node per storage; aliases are every state-dict name of that storage."""
         names: dict[tuple[Any, ...], list[str]] = {}
-        keys: dict[int, tuple[Any, ...]] = {}
+        keys = self.source.keys
         for name, tensor in self.state_tensors():
-            key = keys[id(tensor)] = storage_key(tensor)
-            names.setdefault(key, []).append(name)
+            names.setdefault(keys[tensor], []).append(name)
         for name, (tensor, _) in pure.tensors.items():
-            if id(tensor) not in keys:
-                keys[id(tensor)] = storage_key(tensor)
-            found = names.setdefault(keys[id(tensor)], [])
+            found = names.setdefault(keys[tensor], [])
             if name not in found:
                 found.append(name)
         canonical: dict[tuple[Any, ...], fx.Node] = {}
         self.submodules = dict(pure.submodules)
         for node in [n for n in self.fx.nodes if n.op == "get_attr" and str(n.target) in pure.tensors]:
             tensor, kind = pure.tensors[str(node.target)]
-            key = keys[id(tensor)]
+            key = keys[tensor]
             if key in canonical and tensor.numel():
                 node.replace_all_uses_with(canonical[key])
                 self.fx.erase_node(node)

@@ -27,6 +27,8 @@ KINDS: dict[str, str] = {
 }
 RECURRENT = ("lstm", "gru", "rnn")
 LINEAR = ("linear", "matmul", "einsum")
+TELLING = frozenset((*RECURRENT, "sdpa", "matmul", "einsum", "add", "addn"))
+"""Ops whose operands say what their axes are."""
 FORWARD = frozenset(
     "add sub mul div where masked_fill clip tanh cast identity dropout reshape transpose expand unsqueeze squeeze "
     "concat slice pad neg sdpa".split()
@@ -44,6 +46,8 @@ def kinds(groups: AxisGroups) -> dict[AxisGroup, str]:
     found: dict[AxisGroup, set[str]] = {}
     reach = Reach(groups.graph)
     for node in groups.graph.nodes:
+        if node.op not in TELLING:
+            continue
         for kind, atom in _signs(groups.analysis, node, reach):
             g = groups.by_atom(atom)
             if g is not None:
