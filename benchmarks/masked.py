@@ -56,9 +56,17 @@ def removed(original: nn.Module, pruned: nn.Module) -> dict[str, torch.Tensor]:
         if name not in left:
             raise KeyError(f"the pruned module has no parameter {name}")
         if left[name].shape != p.shape:
-            out[name] = ~torch.isin(p.detach(), left[name].detach())
-            assert int((~out[name]).sum()) == left[name].numel(), f"{name} holds values that the original does not"
+            held = torch.zeros(p.numel(), dtype=torch.bool)
+            held[_places(p, left[name])] = True
+            assert int(held.sum()) == left[name].numel(), f"{name} holds values that the original does not"
+            out[name] = ~held[_places(p, p)]
     return out
+
+
+def _places(original: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
+    """Where values stand in the order of all values of a parameter, which are evenly spaced."""
+    low, high = original.detach().min(), original.detach().max()
+    return ((some.detach() - low) / (high - low) * (original.numel() - 1)).round().long()
 
 
 def _normalized(x: Any, dims: tuple[int, ...], kept: Any, eps: float, centred: bool = True) -> Any:

@@ -125,3 +125,56 @@ def test_language_models_lose_whole_heads_and_load_again(shape: str, kv_heads: i
     uniform = atoms if shape == "llama" else ["ffn"]
     told = lm.round_trip(model, uniform, corpus.held_out_sequences(4))
     assert float(told.split("difference ")[1].split(";")[0]) < 1e-4
+
+
+class Attending(nn.Module):
+    """Two heads of four channels between layers, as transformers write it: the number of heads follows the width."""
+
+    def __init__(self, width: int = 8, seen: int = 6) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(seen)
+        self.q, self.k, self.v = (nn.Linear(seen, width) for _ in range(3))
+        self.out = nn.Linear(width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(self.norm(x)).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("kept", "right"), [([4, 5, 6, 7], True), ([0, 1, 2, 3], True), ([0, 2, 4, 6], False), ([0, 1, 2, 5], False)]
+)
+def test_a_cut_is_right_where_it_is_the_original_without_the_removed_weights(kept: list[int], right: bool) -> None:
+    """Whole heads may go; channels of two heads put together are another function, though it runs."""
+    import masked
+
+    torch.manual_seed(0)
+    model, seen = Attending().double(), [0, 2, 3, 5]
+    masked.distinct(model)
+    pruned = Attending(4, 4).double()
+    with torch.no_grad():
+        for name, p in pruned.named_parameters():
+            whole = dict(model.named_parameters())[name]
+            if name.startswith("norm"):
+                p.copy_(whole[seen])
+            elif name.startswith("out"):
+                p.copy_(whole[:, kept] if p.ndim == 2 else whole)
+            else:
+                p.copy_(whole[kept][:, seen] if p.ndim == 2 else whole[kept])
+
+    class Cut(nn.Module):  # the original sees all inputs, the pruned one those that are left
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x[..., seen])
+
+        def named_parameters(self, *args: object, **options: object) -> object:  # type: ignore[override]
+            return self.inner.named_parameters()
+
+    x = torch.zeros(2, 5, 6, dtype=torch.float64)
+    x[..., seen] = torch.randn(2, 5, 4, dtype=torch.float64)
+    found = masked.error(model, Cut(pruned), (x,))
+    assert (found < masked.WRONG) is right
+    assert found < masked.WRONG or found > 1e-3
