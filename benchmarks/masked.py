@@ -1,6 +1,6 @@
 """Whether a pruned module computes what the original does without the removed weights: no analysis, any tool's result.
 
-    OMP_NUM_THREADS=1 python benchmarks/masked.py [--timeout 60] [--json FILE] [MODEL ...]
+    OMP_NUM_THREADS=1 python benchmarks/masked.py [--timeout 60] [--json FILE] [--heads] [MODEL ...]
 
 ``distinct`` gives every weight a value of its own, so that ``removed`` can tell by values alone which weights of the
 original a pruned module still holds, whoever cut it. ``error`` sets the others to zero in a copy of the original, lets
@@ -10,8 +10,9 @@ two differ. The same function judges foldline and torch-pruning, called as in co
 
 What zeros cannot stand for: a removed channel that a nonlinearity makes nonzero again and a statistic over channels
 then reads (softmax, mean or norm over channels). There the right cut differs as well: "not judged" where foldline's,
-which is checked by its own oracle, differs too. Models: those on which both end (prune_speed.py); needs the extras
-timm, transformers, bench.
+which is checked by its own oracle, differs too. ``--heads`` tells the peer of the attention heads, projection by
+projection, and to remove whole ones only: what it then gives is right, by the same oracle. Models: those on which both
+end (prune_speed.py); needs the extras timm, transformers, bench.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from architectures import build, output_of
+from architectures import build, head_of, output_of
 from coverage import isolated
 from prune_speed import BOTH, ours, peer
 from torch import nn
@@ -134,6 +135,29 @@ def _as_double(inputs: Any) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
 
 
+PROJECTIONS = "query key value q_proj k_proj v_proj q_lin k_lin v_lin q k v".split()
+
+
+def peer_told(model: Any, inputs: Any) -> Any:
+    """The peer with what it needs to know of a transformer: which layers have heads, how many, and to cut no head."""
+    import torch_pruning as tp
+
+    layers = {m: name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    tp.pruner.MagnitudePruner(
+        model,
+        inputs if isinstance(inputs, dict) else inputs[0],
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=[head_of(model)],
+        num_heads={m: model.config.num_attention_heads for m, name in layers.items() if name in PROJECTIONS},
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=0.5,
+    ).step()
+    return model
+
+
+SIDES = {"ours": ours, "peer": peer, "told": peer_told}
 WRONG = 1e-9
 """In float64; right ones are below 1e-13."""
 
@@ -143,9 +167,8 @@ def judged(side: str, name: str) -> dict[str, Any]:
     model, inputs = build(name)
     model, inputs = model.double(), _as_double(inputs)
     distinct(model)
-    call = {"ours": ours, "peer": peer}[side]
     before = sum(p.numel() for p in model.parameters())
-    pruned = call(copy.deepcopy(model), inputs)
+    pruned = SIDES[side](copy.deepcopy(model), inputs)
     return {"error": error(model, pruned, inputs), "share": sum(p.numel() for p in pruned.parameters()) / before}
 
 
@@ -165,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timeout", type=float, default=60)
     parser.add_argument("--json", type=Path, help="append one line of JSON per model to this file")
+    parser.add_argument("--heads", action="store_true", help="tell the peer of the attention heads")
     parser.add_argument("models", nargs="*", default=BOTH)
     args = parser.parse_args()
     from support import timm_models
@@ -174,7 +198,8 @@ def main() -> None:
     print("| model | foldline: error | torch-pruning: error | its result |\n|---|---|---|---|")
     count: dict[str, int] = {}
     for name in dict.fromkeys(args.models):
-        found = {side: isolated(judged, side, name, limit=args.timeout) for side in ("ours", "peer")}
+        sides = {"ours": "ours", "peer": "told" if args.heads else "peer"}
+        found = {key: isolated(judged, side, name, limit=args.timeout) for key, side in sides.items()}
         said = verdict(found)
         kind = said.split(" (")[0].split(":")[0]
         count[kind] = count.get(kind, 0) + 1
