@@ -165,7 +165,7 @@ class Tape(SchemaCheckMode):
     def part(self) -> None:
         """Give up the twin. Its modules know their own calls, and its hooks the tape: cycles that would wait for gc."""
         for held in self.called:
-            del held["_compiled_call_impl"]
+            held.pop("_compiled_call_impl", None)
         del self.twin, self.called
 
     def _enter(self, name: str, kind: str) -> Any:
